@@ -1,0 +1,8 @@
+"""The training primitives of a neural network, each proved against torch."""
+
+from torchref import nn as nn
+from torchref.backend import backend as backend
+from torchref.backend import get_backend as get_backend
+from torchref.backend import set_backend as set_backend
+
+__version__ = "0.1.0"

@@ -1,0 +1,117 @@
+"""The base class of every hand-written gradient, and the arithmetic type of the formulas."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchref import backend
+
+
+class Function(torch.autograd.Function):
+    """A :class:`torch.autograd.Function` that works under everything PyTorch users do to models.
+
+    A piece writes ``forward(*args)``, ``setup_context(ctx, args, output)`` and
+    ``backward(ctx, *grads)``, and is run by :meth:`call`. From these follow
+
+    - under ``torch.func`` and ``torch.compile`` the Function as written, with a generated vmap rule;
+    - in plain eager a twin in the older ``forward(ctx, *args)`` form, four times cheaper to call;
+    - where nothing needs a gradient, ``forward`` alone;
+    - under forward-mode AD, ``forward`` alone, whose primitive operations torch differentiates.
+
+    In ``backward`` grad mode is on exactly under ``create_graph=True``. Then autograd records what
+    ``backward`` does, so it may use saved inputs and outputs but no other intermediate.
+    """
+
+    generate_vmap_rule = True
+    _eager: type[torch.autograd.Function]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        forward, setup_context, backward = cls.forward, cls.setup_context, cls.backward
+
+        def eager_forward(ctx, *args):
+            output = forward(*args)
+            setup_context(ctx, args, output)
+            ctx.backend = backend.get_backend()
+            return output
+
+        def eager_backward(ctx, *grads):
+            with backend.kept(ctx.backend):
+                return backward(ctx, *grads)
+
+        methods = {"forward": staticmethod(eager_forward), "backward": staticmethod(eager_backward)}
+        cls._eager = type(cls.__name__, (torch.autograd.Function,), methods)
+
+    @classmethod
+    def call(cls, *args: Any) -> Any:
+        """``forward(*args)``, recorded where a gradient is needed."""
+        if torch._C._is_any_autocast_enabled():
+            # Inputs are cast by now; the formulas' own operations must not be cast again.
+            with torch.autocast(_device_type(args), enabled=False):
+                return cls._call(*args)
+        return cls._call(*args)
+
+    @classmethod
+    def _call(cls, *args: Any) -> Any:
+        if backend.differentiates_forward():
+            return cls.forward(*args)
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return cls.apply(*args)
+        if torch.is_grad_enabled() and any(
+            isinstance(arg, Tensor) and arg.requires_grad for arg in args
+        ):
+            return cls._eager.apply(*args)
+        return cls.forward(*args)
+
+
+def _device_type(args: tuple[Any, ...]) -> str:
+    return next(arg.device.type for arg in args if isinstance(arg, Tensor))
+
+
+def opmath(x: Tensor) -> Tensor:
+    """``x`` in the type that formulas compute in: float32 for the half types, else its own."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+# torch's autocast lists (aten/src/ATen/autocast_mode.h): the pieces that run in float32 under
+# autocast on each kind of device. The others keep their input's type.
+_FLOAT32 = {
+    "cuda": {
+        "binary_cross_entropy_with_logits",
+        "cross_entropy",
+        "l1_loss",
+        "log_softmax",
+        "mse_loss",
+        "nll_loss",
+        "softmax",
+        "softplus",
+    },
+    "cpu": {
+        "binary_cross_entropy",
+        "binary_cross_entropy_with_logits",
+        "cross_entropy",
+        "l1_loss",
+        "mse_loss",
+        "nll_loss",
+    },
+}
+
+
+def autocast(piece: str, *tensors: Any) -> tuple[Any, ...]:
+    """The tensors as torch's autocast would hand them to ``piece``; None stays None."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    if piece == "linear":
+        dtype = torch.get_autocast_dtype(device)
+    elif piece in _FLOAT32.get(device, ()):
+        dtype = torch.float32
+    else:
+        return tensors
+    return tuple(
+        tensor.to(dtype)
+        if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
+        else tensor
+        for tensor in tensors
+    )

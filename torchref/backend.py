@@ -1,0 +1,254 @@
+"""Which implementation of a piece runs: its formula, its compiled formula or its Triton kernel.
+
+==============  ==================================================================================
+``auto``        the kernel for CUDA and ROCm tensors where the piece has one, otherwise the formula
+``reference``   the formula, always
+``compiled``    the formula through :func:`torch.compile`, once per piece, for any shape
+``triton``      the kernel; an error that says why where it cannot run
+==============  ==================================================================================
+
+The choice is process-wide, like ``torch.backends``': ``TORCHREF_BACKEND`` at import,
+:func:`set_backend` later, :func:`backend` for a block. A backward pass runs what its forward pass
+ran, in whatever thread autograd calls it.
+
+A kernel takes plain tensors with storage outside tracing, transforms and dispatch modes, where
+autograd is not recording. Everything else takes the formula, and so does code under
+:func:`torch.compile`, where Inductor does the fusing.
+"""
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+import threading
+from collections.abc import Callable, Iterator
+from types import CodeType, FunctionType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+BACKENDS = ("auto", "reference", "compiled", "triton")
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+class _Process:
+    choice = _checked(os.environ.get("TORCHREF_BACKEND", "auto"), "TORCHREF_BACKEND")
+
+
+class _Thread(threading.local):
+    choice: str | None = None  # what forward chose, while its backward runs in this thread
+
+
+_process = _Process()
+_thread = _Thread()
+
+
+def get_backend() -> str:
+    """The name of the backend in force: ``auto``, ``reference``, ``compiled`` or ``triton``."""
+    return _thread.choice or _process.choice
+
+
+def set_backend(name: str) -> None:
+    """Choose the implementation that every piece runs from now on, in the whole process.
+
+    Args:
+        name: ``auto``, ``reference``, ``compiled`` or ``triton``.
+
+    Raises:
+        ValueError: ``name`` is none of these.
+        RuntimeError: ``triton`` cannot run here; the message says why.
+
+    Example:
+        >>> import torchref
+        >>> torchref.set_backend("reference")
+        >>> torchref.get_backend()
+        'reference'
+        >>> torchref.set_backend("auto")
+    """
+    _checked(name, "set_backend")
+    if name == "triton" and (reason := why_no_kernels()):
+        raise RuntimeError(f"set_backend: the triton backend cannot run here: {reason}")
+    _process.choice = name
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run a block under another backend; see :func:`set_backend`.
+
+    Example:
+        >>> with torchref.backend("reference"):
+        ...     y = torchref.nn.functional.relu(torch.tensor([-1.0, 2.0]))
+        >>> y
+        tensor([0., 2.])
+    """
+    before = _process.choice
+    set_backend(name)
+    try:
+        yield
+    finally:
+        _process.choice = before
+
+
+class kept:
+    """Make a backward pass run under the backend that its forward pass chose."""
+
+    __slots__ = ("before", "choice")
+
+    def __init__(self, choice: str) -> None:
+        self.choice = choice
+
+    def __enter__(self) -> None:
+        self.before = _thread.choice
+        _thread.choice = self.choice
+
+    def __exit__(self, *exc: object) -> None:
+        _thread.choice = self.before
+
+
+def accelerated(module: str) -> Callable[[F], F]:
+    """Let a formula's kernel, or its compiled form, run in its place where the backend says so.
+
+    The kernel is the function of the same name and signature in ``torchref.triton_kernels.<module>``.
+    The formula's first argument decides by its device. Arguments are positional.
+    """
+
+    def decorate(formula: F) -> F:
+        name = formula.__name__
+        compiled = _Compiled(formula)
+
+        @functools.wraps(formula)
+        def piece(*args):
+            if torch.compiler.is_compiling():  # first: Dynamo cannot trace the checks below
+                return formula(*args)
+            choice = _thread.choice or _process.choice
+            if choice == "reference" or (choice == "auto" and not args[0].is_cuda):
+                return formula(*args)
+            if not runs_opaque_code(args):
+                return formula(*args)
+            if choice == "compiled":
+                return compiled(*args)
+            kernel = find_kernel(module, name)
+            if kernel is not None:
+                return kernel(*args)
+            if choice == "triton":
+                reason = why_no_kernels() or f"{name} has no kernel yet"
+                raise RuntimeError(f"{name}: the triton backend cannot run it: {reason}")
+            return formula(*args)
+
+        return piece  # type: ignore[return-value]
+
+    return decorate
+
+
+def differentiates_forward() -> bool:
+    """Whether torch itself must see primitive operations: under forward-mode AD and jit.trace."""
+    return forward_ad._current_level >= 0 or torch.jit.is_tracing()
+
+
+def runs_opaque_code(args: tuple[Any, ...]) -> bool:
+    """Whether code that torch cannot see into may compute on these arguments."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return False
+    if differentiates_forward():
+        return False
+    recording = torch.is_grad_enabled()
+    for arg in args:
+        if isinstance(arg, Tensor):
+            if type(arg) not in (Tensor, Parameter) or not torch._C._has_storage(arg):
+                return False
+            if recording and arg.requires_grad:
+                return False
+    return True
+
+
+@functools.cache
+def find_kernel(module: str, name: str) -> Callable[..., Any] | None:
+    """The launcher ``name`` in ``torchref.triton_kernels.<module>``, or None where there is none."""
+    path = f"torchref.triton_kernels.{module}"
+    if importlib.util.find_spec("triton") is None or importlib.util.find_spec(path) is None:
+        return None
+    return getattr(importlib.import_module(path), name, None)
+
+
+def why_no_kernels() -> str | None:
+    """Why no Triton kernel can run on this machine, or None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (`pip install triton`, Linux only)"
+    kernels = importlib.import_module("torchref.triton_kernels")
+    if not any(name.endswith(".py") and name[0] != "_" for name in os.listdir(kernels.__path__[0])):
+        return "this version of torchref ships no kernels yet"
+    if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available():
+        return None
+    return "no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
+
+
+def explain() -> str:
+    """One line: the backend in force, what it would run on this machine, and why."""
+    choice = get_backend()
+    if choice == "auto":
+        reason = why_no_kernels()
+        return f"auto: {'Triton kernels on the GPU' if reason is None else f'formulas ({reason})'}"
+    if choice == "triton":
+        return f"triton: {why_no_kernels() or 'Triton kernels'}"
+    return f"{choice}: asked for by TORCHREF_BACKEND or set_backend"
+
+
+class _Compiled:
+    """A formula through :func:`torch.compile`, one compilation for each kind of arguments.
+
+    Dynamo gives up after eight recompilations of one code object and would then run eager without
+    a word. So each kind of arguments (dtype, rank, memory layout, sizes of 0 and 1) compiles a
+    clone of the code with sizes symbolic, floats travel as 0-dim tensors, and ``fullgraph`` turns
+    what is left of that silence into an error.
+    """
+
+    def __init__(self, formula: Callable[..., Any]) -> None:
+        self.formula = formula
+        self.variants: dict[tuple[Any, ...], Callable[..., Any]] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        key = tuple(map(_kind, args))
+        variant = self.variants.get(key)
+        if variant is None:
+            clone = _clone(self.formula, len(self.variants))
+            variant = torch.compile(clone, fullgraph=True, dynamic=True)
+            self.variants[key] = variant
+        # One grad mode for all: autograd is not recording here, or the formula would have run.
+        with torch.no_grad():
+            return variant(*[_traced(arg) for arg in args])
+
+
+def _kind(arg: Any) -> Any:
+    """What of an argument a compilation cannot leave open."""
+    if isinstance(arg, Tensor):
+        order = sorted(range(arg.ndim), key=arg.stride)
+        unit = tuple(min(stride, 2) for stride in arg.stride())
+        sizes = tuple(min(size, 2) for size in arg.shape)
+        return arg.dtype, arg.device, arg.is_contiguous(), tuple(order), unit, sizes
+    return float if isinstance(arg, float) else arg
+
+
+def _traced(arg: Any) -> Any:
+    return torch.tensor(arg, dtype=torch.float64) if isinstance(arg, float) else arg
+
+
+def _clone(formula: Callable[..., Any], number: int) -> Callable[..., Any]:
+    """A copy of a formula with a code object of its own, so that it has a limit of its own."""
+    function = formula
+    code: CodeType = function.__code__.replace(co_name=f"{function.__name__}_{number}")
+    clone = FunctionType(
+        code, function.__globals__, code.co_name, function.__defaults__, function.__closure__
+    )
+    clone.__kwdefaults__ = function.__kwdefaults__
+    return clone

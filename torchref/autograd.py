@@ -65,6 +65,15 @@ class Function(torch.autograd.Function):
         return cls.forward(*args)
 
 
+def traces_in_place() -> bool:
+    """Whether an in-place piece must write its result back with ``copy_`` instead of a Function."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or backend.differentiates_forward()
+    )
+
+
 def _device_type(args: tuple[Any, ...]) -> str:
     return next(arg.device.type for arg in args if isinstance(arg, Tensor))
 

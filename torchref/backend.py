@@ -156,20 +156,29 @@ def differentiates_forward() -> bool:
     return forward_ad._current_level >= 0 or torch.jit.is_tracing()
 
 
-def runs_opaque_code(args: tuple[Any, ...]) -> bool:
-    """Whether code that torch cannot see into may compute on these arguments."""
+def is_plain(args: tuple[Any, ...]) -> bool:
+    """Whether the tensors hold plain memory, with nothing between us and torch looking on."""
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return False
-    if differentiates_forward():
+    return not differentiates_forward() and all(
+        type(arg) in (Tensor, Parameter) and torch._C._has_storage(arg)
+        for arg in args
+        if isinstance(arg, Tensor)
+    )
+
+
+def runs_opaque_code(args: tuple[Any, ...]) -> bool:
+    """Whether code that torch cannot see into may compute on these arguments."""
+    return is_plain(args) and not (
+        torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+    )
+
+
+def reads_values(*tensors: Tensor) -> bool:
+    """Whether a check may look at values: on the CPU, where that costs no synchronization."""
+    if torch.compiler.is_compiling() or any(tensor.device.type != "cpu" for tensor in tensors):
         return False
-    recording = torch.is_grad_enabled()
-    for arg in args:
-        if isinstance(arg, Tensor):
-            if type(arg) not in (Tensor, Parameter) or not torch._C._has_storage(arg):
-                return False
-            if recording and arg.requires_grad:
-                return False
-    return True
+    return is_plain(tensors)
 
 
 @functools.cache

@@ -56,7 +56,9 @@ def mse_loss(
 
     Source: the method of least squares; Goodfellow, Bengio and Courville, *Deep Learning*, 5.1.4.
     """
-    return _distance("mse_loss", MSELossFunction, input, target, size_average, reduce, reduction, weight)
+    return _distance(
+        "mse_loss", MSELossFunction, input, target, size_average, reduce, reduction, weight
+    )
 
 
 class MSELossFunction(Function):
@@ -130,7 +132,9 @@ def l1_loss(
 
     Source: least absolute deviations; Goodfellow, Bengio and Courville, *Deep Learning*, 6.2.1.2.
     """
-    return _distance("l1_loss", L1LossFunction, input, target, size_average, reduce, reduction, weight)
+    return _distance(
+        "l1_loss", L1LossFunction, input, target, size_average, reduce, reduction, weight
+    )
 
 
 class L1LossFunction(Function):
@@ -345,6 +349,7 @@ def binary_cross_entropy_with_logits(
     require_constant(name, "weight", weight)
     require_constant(name, "pos_weight", pos_weight)
     input, target = _promoted(input, target)
+    weight, pos_weight = (w if w is None else w.expand(input.shape) for w in (weight, pos_weight))
     return BCEWithLogitsLossFunction.call(input, target, weight, pos_weight, reduction)
 
 
@@ -495,9 +500,7 @@ def checked_reduction(
     if size_average is not None or reduce is not None:
         return _reduction.legacy_get_string(size_average, reduce)
     if reduction not in ("mean", "sum", "none"):
-        raise ValueError(
-            f'{name}: expected `reduction` "mean", "sum" or "none", got {reduction!r}'
-        )
+        raise ValueError(f'{name}: expected `reduction` "mean", "sum" or "none", got {reduction!r}')
     return reduction
 
 

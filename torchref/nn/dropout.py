@@ -1,0 +1,149 @@
+"""Dropout, scaled in training (torch's form) or at inference (the classic form)."""
+
+import torch
+from torch import Tensor
+
+from torchref.autograd import Function, opmath, traces_in_place
+from torchref.backend import accelerated
+
+
+class Dropout(torch.nn.Dropout):
+    """Drop-in for :class:`torch.nn.Dropout`; see :func:`dropout`.
+
+    Args:
+        p: the probability of dropping an element.
+        inplace: write the result into ``input``.
+        scale_at: ``"training"`` as torch does, or ``"inference"``.
+    """
+
+    scale_at = "training"  # for a module that was torch's when it was made
+
+    def __init__(
+        self, p: float = 0.5, inplace: bool = False, *, scale_at: str = "training"
+    ) -> None:
+        super().__init__(p, inplace)
+        self.scale_at = _checked_scale_at(scale_at)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return dropout(input, self.p, self.training, self.inplace, scale_at=self.scale_at)
+
+    def extra_repr(self) -> str:
+        given = f", scale_at={self.scale_at!r}" if self.scale_at != "training" else ""
+        return super().extra_repr() + given
+
+
+def dropout(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    scale_at: str = "training",
+) -> Tensor:
+    r"""Set each element to 0 with probability ``p``, in training.
+
+    With a mask :math:`r_i \sim \mathrm{Bernoulli}(1 - p)`,
+
+    .. math::
+        y_i = \frac{r_i x_i}{1 - p} \qquad dx_i = \frac{r_i\, dy_i}{1 - p}
+
+    and nothing at inference; or, with ``scale_at="inference"``, the classic form: :math:`y_i = r_i
+    x_i` in training and :math:`y = (1 - p)\, x` at inference. Courses often call the probability of
+    *keeping* p; here, as in torch, it is that of dropping.
+
+    The mask comes from torch's default generator on ``input``'s device. On the CPU it is torch's
+    own mask bit for bit, and the generator is left where torch leaves it.
+
+    Args:
+        input: floating point, any shape.
+        p: the probability of dropping an element, in [0, 1].
+        training: whether to drop.
+        inplace: write the result into ``input``.
+        scale_at: where the expected value is restored, ``"training"`` or ``"inference"``.
+
+    Returns:
+        A tensor of ``input``'s shape and type; ``input`` itself where there is nothing to do.
+
+    Raises:
+        ValueError: ``p`` is outside [0, 1], or ``scale_at`` is neither.
+        RuntimeError: ``input`` is not floating point, in training.
+
+    Example:
+        >>> x = torch.ones(4)
+        >>> torchref.nn.functional.dropout(x, 0.5, training=False)
+        tensor([1., 1., 1., 1.])
+        >>> torchref.nn.functional.dropout(x, 0.5, training=False, scale_at="inference")
+        tensor([0.5000, 0.5000, 0.5000, 0.5000])
+
+    Source: Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting",
+    2014.
+    """
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"dropout: expected `p` in [0, 1], got {p}")
+    _checked_scale_at(scale_at)
+    if not training:
+        if scale_at == "training":
+            return input
+        return input.mul_(1 - p) if inplace else input * (1 - p)
+    if not input.is_floating_point():
+        raise RuntimeError(f"dropout: expected a floating point `input`, got {input.dtype}")
+    if p == 0 or input.numel() == 0:
+        return input
+    if p == 1:  # times 0, so that a NaN stays one
+        zero = input.new_zeros(())
+        return input.mul_(zero) if inplace else input * zero
+    keep = 1.0 - p if scale_at == "training" else 1.0
+    if inplace and traces_in_place():
+        return input.copy_(DropoutFunction.call(input, float(p), keep, False)[0])
+    return DropoutFunction.call(input, float(p), keep, inplace)[0]
+
+
+class DropoutFunction(Function):
+    @staticmethod
+    def forward(x: Tensor, p: float, keep: float, inplace: bool) -> tuple[Tensor, Tensor]:
+        return dropout_fwd(x, p, keep, inplace)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, _, ctx.keep, inplace = inputs
+        _, mask = output
+        if inplace:
+            ctx.mark_dirty(x)
+        ctx.mark_non_differentiable(mask)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(mask)
+
+    @staticmethod
+    def backward(ctx, dy, _):
+        if dy is None:
+            return None, None, None, None
+        (mask,) = ctx.saved_tensors
+        return dropout_bwd(dy, mask, ctx.keep), None, None, None
+
+
+@accelerated("dropout")
+def dropout_fwd(x: Tensor, p: float, keep: float, inplace: bool) -> tuple[Tensor, Tensor]:
+    """The output, and what backward needs to know which elements were dropped."""
+    mask = _mask(x, p)
+    y = opmath(x) * (mask.to(opmath(x).dtype) / keep)
+    return (x.copy_(y) if inplace else y.to(x.dtype)), mask
+
+
+@accelerated("dropout")
+def dropout_bwd(dy: Tensor, mask: Tensor, keep: float) -> Tensor:
+    dy32 = opmath(dy)
+    return (dy32 * (mask.to(dy32.dtype) / keep)).to(dy.dtype)
+
+
+def _mask(x: Tensor, p: float) -> Tensor:
+    if torch.compiler.is_compiling():  # a counter-based generator, which Inductor can fuse
+        return torch.rand_like(x, dtype=torch.float32) >= p
+    return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)
+
+
+def _checked_scale_at(scale_at: str) -> str:
+    if scale_at not in ("training", "inference"):
+        raise ValueError(
+            f'dropout: expected `scale_at` "training" or "inference", got {scale_at!r}'
+        )
+    return scale_at

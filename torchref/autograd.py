@@ -14,7 +14,7 @@ class Function(torch.autograd.Function):
     A piece writes ``forward(*args)``, ``setup_context(ctx, args, output)`` and
     ``backward(ctx, *grads)``, and is run by :meth:`call`. From these follow
 
-    - under ``torch.func`` and ``torch.compile`` the Function as written, with a generated vmap rule;
+    - under ``torch.func`` and ``torch.compile`` the Function as written, with a vmap rule;
     - in plain eager a twin in the older ``forward(ctx, *args)`` form, four times cheaper to call;
     - where nothing needs a gradient, ``forward`` alone;
     - under forward-mode AD, ``forward`` alone, whose primitive operations torch differentiates.

@@ -119,8 +119,8 @@ class kept:
 def accelerated(module: str) -> Callable[[F], F]:
     """Let a formula's kernel, or its compiled form, run in its place where the backend says so.
 
-    The kernel is the function of the same name and signature in ``torchref.triton_kernels.<module>``.
-    The formula's first argument decides by its device. Arguments are positional.
+    The kernel has the formula's name and signature, in ``torchref.triton_kernels.<module>``. The
+    first argument's device decides. Arguments are positional.
     """
 
     def decorate(formula: F) -> F:
@@ -183,7 +183,7 @@ def reads_values(*tensors: Tensor) -> bool:
 
 @functools.cache
 def find_kernel(module: str, name: str) -> Callable[..., Any] | None:
-    """The launcher ``name`` in ``torchref.triton_kernels.<module>``, or None where there is none."""
+    """The launcher ``name`` in ``torchref.triton_kernels.<module>``, or None if there is none."""
     path = f"torchref.triton_kernels.{module}"
     if importlib.util.find_spec("triton") is None or importlib.util.find_spec(path) is None:
         return None

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchref.autograd import Function, autocast, opmath, traces_in_place
 from torchref.backend import accelerated
 
-# Klambauer et al., "Self-Normalizing Neural Networks", 2017: mean 0 and variance 1 are a fixed point.
+# Klambauer et al., 2017: with these, mean 0 and variance 1 are a fixed point.
 SELU_ALPHA = 1.6732632423543772848170429916717
 SELU_SCALE = 1.0507009873554804934193349852946
 

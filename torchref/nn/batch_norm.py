@@ -387,6 +387,6 @@ def _check(
         raise ValueError(f"batch_norm: expected a positive `eps`, got {eps}")
     if training and input.numel() == channels:
         raise ValueError(
-            "batch_norm: expected more than 1 value per channel when training, got `input` of shape "
-            f"{tuple(input.shape)}"
+            "batch_norm: expected more than 1 value per channel when training, got `input` of "
+            f"shape {tuple(input.shape)}"
         )

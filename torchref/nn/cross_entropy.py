@@ -172,7 +172,7 @@ def cross_entropy_bwd(
     x32, dim = opmath(x), _class_dim(x)
     kept, index, row_weight = _rows(x32, target, weight, ignore_index)
     p = _log_p(x32, row_max, log_sum).exp()
-    dx = row_weight.unsqueeze(dim) * (p - _one_hot(index, x))
+    dx = row_weight.unsqueeze(dim) * (p - _one_hot(index, x).to(p.dtype))
     if smoothing is not None:
         ones = torch.ones_like(p)
         smooth = p * _weighted(ones, weight).sum(dim, keepdim=True) - _weighted(ones, weight)

@@ -1,5 +1,7 @@
 """The linear layer."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -74,7 +76,7 @@ class LinearFunction(Function):
 
 # The products stay the library's (cuBLAS, MKL): no kernel of ours would beat them.
 def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])  # (rows, in_features)
+    rows = _rows(x)
     if bias is None:
         y = rows @ weight.t()
     else:
@@ -83,9 +85,13 @@ def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def linear_weight_bwd(dy: Tensor, x: Tensor) -> Tensor:
-    return dy.reshape(-1, dy.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+    return _rows(dy).t() @ _rows(x)
 
 
 @accelerated("linear")
 def linear_bias_bwd(dy: Tensor) -> Tensor:
-    return opmath(dy).reshape(-1, dy.shape[-1]).sum(0).to(dy.dtype)
+    return _rows(opmath(dy)).sum(0).to(dy.dtype)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 would not do for no features

@@ -1,4 +1,4 @@
-"""Losses between numbers: squared, absolute, and binary cross-entropy from scores or probabilities."""
+"""Losses between numbers: squared, absolute, and binary cross-entropy (probabilities, scores)."""
 
 import warnings
 from typing import Any

@@ -1,0 +1,226 @@
+"""Parity: how far a piece is from the one it stands in for, measured against float64 truth."""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One tensor of ours against theirs and against the truth.
+
+    ``error`` and ``their_error`` are the largest absolute differences from the truth, ``bound`` is
+    what ``error`` may reach; ``problem`` says in words what is wrong, if anything is.
+    """
+
+    name: str
+    dtype: torch.dtype
+    error: float
+    their_error: float
+    bound: float
+    problem: str
+
+
+def assert_parity(
+    ours: Callable[..., Any],
+    theirs: Callable[..., Any],
+    *inputs: Any,
+    upstream: Tensor | None = None,
+    strides: bool = True,
+    seed: int = 0,
+    **kwargs: Any,
+) -> None:
+    r"""Assert that ``ours`` computes what ``theirs`` does: values, every gradient, buffers.
+
+    The truth is ``theirs`` in float64. An error, the largest absolute difference from the truth,
+    may be at most
+
+    .. math::
+        2 \cdot \text{error of theirs} + f \varepsilon \cdot \max |\text{truth}|
+
+    with f = 8 in float32 and float64 and f = 1 in the half types, whatever the size of a reduction.
+    NaN and infinities must stand where they stand in theirs. Shapes, dtypes and strides (of
+    outputs, gradients and buffers) must be theirs too.
+
+    Args:
+        ours, theirs: functions, or modules. Of modules, copies are run, with ``theirs``' state
+            loaded into ours; their parameters' gradients and buffers are compared as well.
+        inputs: tensors or anything else, passed to both. A tensor with ``requires_grad`` has its
+            gradient compared.
+        upstream: the gradient of the first output; None draws one.
+        strides: False lets the memory layout differ.
+        seed: of torch's generator, set before each call.
+        kwargs: passed to both.
+
+    Raises:
+        AssertionError: they differ; the message names the worst element and both values.
+
+    Example:
+        >>> from torchref.testing import assert_parity
+        >>> x = torch.randn(4, 8, requires_grad=True)
+        >>> assert_parity(torchref.nn.functional.relu, torch.nn.functional.relu, x)
+        >>> assert_parity(torchref.nn.BatchNorm1d(8), torch.nn.BatchNorm1d(8), x)
+        >>> assert_parity(lambda x: x * 1.001, lambda x: x, torch.ones(2))
+        Traceback (most recent call last):
+            ...
+        AssertionError: output: error 1.000e-03 exceeds 9.537e-07 (torch's own error 0.000e+00) at
+        [0]: ours 1.0010000467300415, theirs 1.0, truth 1.0
+    """
+    options = {"upstream": upstream, "strides": strides, "seed": seed, **kwargs}
+    problems = [c.problem for c in measure_parity(ours, theirs, *inputs, **options) if c.problem]
+    if problems:
+        raise AssertionError("\n".join(problems))
+
+
+def measure_parity(
+    ours: Callable[..., Any],
+    theirs: Callable[..., Any],
+    *inputs: Any,
+    upstream: Tensor | None = None,
+    strides: bool = True,
+    seed: int = 0,
+    **kwargs: Any,
+) -> list[Comparison]:
+    """The comparisons behind :func:`assert_parity`, one for each tensor.
+
+    Example:
+        >>> from torchref.testing import measure_parity
+        >>> x = torch.randn(8, requires_grad=True)
+        >>> relu = torchref.nn.functional.relu
+        >>> [c.name for c in measure_parity(relu, torch.nn.functional.relu, x)]
+        ['output', 'gradient of input 0']
+    """
+    if isinstance(ours, nn.Module) and isinstance(theirs, nn.Module):
+        ours = copy.deepcopy(ours)
+        ours.load_state_dict(theirs.state_dict())
+    run = {"inputs": inputs, "upstream": upstream, "seed": seed, "kwargs": kwargs}
+    of_ours = dict(_run(ours, **run))
+    of_theirs = dict(_run(theirs, **run))
+    truth = dict(_run(theirs, **run, dtype=torch.float64))
+    comparisons = []
+    for name in [*of_theirs, *(name for name in of_ours if name not in of_theirs)]:
+        tensors = (of_ours.get(name), of_theirs.get(name), truth.get(name))
+        comparisons.append(_compare(name, *tensors, strides=strides))
+    return comparisons
+
+
+def _run(
+    function: Callable[..., Any],
+    inputs: tuple[Any, ...],
+    upstream: Tensor | None,
+    seed: int,
+    kwargs: dict[str, Any],
+    dtype: torch.dtype | None = None,
+) -> Iterator[tuple[str, Tensor | None]]:
+    """Everything that a call and its backward pass leave behind, by name."""
+    if isinstance(function, nn.Module):
+        function = copy.deepcopy(function).to(dtype)
+    args = [_fresh(x, dtype) if isinstance(x, Tensor) else x for x in inputs]
+    kwargs = {k: _fresh(x, dtype) if isinstance(x, Tensor) else x for k, x in kwargs.items()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        output = function(*args, **kwargs)
+        outputs = list(output) if isinstance(output, tuple | list) else [output]
+        differentiable = [y for y in outputs if isinstance(y, Tensor) and y.requires_grad]
+        torch.manual_seed(seed + 1)
+        gradients = [torch.randn(y.shape, dtype=torch.float64) for y in differentiable]
+    for number, y in enumerate(outputs):
+        yield ("output" if len(outputs) == 1 else f"output {number}"), y.detach()
+    if differentiable:
+        gradients = [
+            g.to(y.device, y.dtype) for g, y in zip(gradients, differentiable, strict=True)
+        ]
+        if upstream is not None:
+            gradients[0] = upstream.to(differentiable[0].dtype)
+        torch.autograd.backward(differentiable, gradients)
+    for number, x in [*enumerate(args), *kwargs.items()]:
+        if isinstance(x, Tensor) and x.requires_grad:
+            yield f"gradient of input {number}", x.grad
+    if isinstance(function, nn.Module):
+        for name, parameter in function.named_parameters():
+            yield f"gradient of {name}", parameter.grad
+        for name, buffer in function.named_buffers():
+            yield f"buffer {name}", buffer
+
+
+def _fresh(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A leaf with the same values, strides and overlaps, in memory of its own."""
+    if x.numel() == 0:
+        copied = x.detach().clone()
+    else:
+        extent = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+        memory = x.detach().as_strided((extent,), (1,)).clone()
+        copied = memory.as_strided(x.shape, x.stride())
+    if dtype is not None and x.is_floating_point():
+        copied = copied.to(dtype)
+    return copied.requires_grad_(x.requires_grad)
+
+
+def _compare(
+    name: str, ours: Tensor | None, theirs: Tensor | None, truth: Tensor | None, strides: bool
+) -> Comparison:
+    present = [t for t in (ours, theirs) if t is not None]
+    dtype = present[0].dtype if present else torch.float32
+    if ours is None or theirs is None or truth is None:
+        missing = "" if ours is theirs else f"{name}: ours is {ours}, theirs is {theirs}"
+        return Comparison(name, dtype, 0.0, 0.0, 0.0, missing)
+    for what in ("shape", "dtype", "device"):
+        if getattr(ours, what) != getattr(theirs, what):
+            problem = f"{name}: {what} is {getattr(ours, what)}, theirs {getattr(theirs, what)}"
+            return Comparison(name, dtype, math.nan, 0.0, 0.0, problem)
+    if strides and _layout(ours) != _layout(theirs):
+        problem = f"{name}: strides are {ours.stride()}, theirs {theirs.stride()}"
+        return Comparison(name, dtype, math.nan, 0.0, 0.0, problem)
+    return _compare_values(name, ours, theirs, truth)
+
+
+def _layout(x: Tensor) -> list[int]:
+    """The strides that mean something: not those of dimensions of size 1."""
+    if x.numel() == 0:
+        return []
+    return [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
+
+
+def _compare_values(name: str, ours: Tensor, theirs: Tensor, truth: Tensor) -> Comparison:
+    dtype = ours.dtype
+    ours, theirs, truth = (t.detach().cpu().to(torch.float64) for t in (ours, theirs, truth))
+    special = ~theirs.isfinite()
+    wrong = (ours.isfinite() == special) | (special & (ours != theirs) & ~(theirs != theirs))
+    wrong |= special & (theirs != theirs) & (ours == ours)
+    if wrong.any():
+        where = _first(wrong)
+        problem = f"{name}: at {where} ours is {ours[tuple(where)]}, theirs {theirs[tuple(where)]}"
+        return Comparison(name, dtype, math.inf, 0.0, 0.0, problem)
+    finite = ~special & truth.isfinite()  # where the dtype overflows there is no truth to compare
+    difference = torch.where(finite, (ours - truth).abs(), 0)
+    error, their_error = _largest(difference), _largest(torch.where(finite, theirs - truth, 0))
+    bound = 2 * their_error + _floor(dtype) * _largest(torch.where(finite, truth, 0))
+    problem = ""
+    if error > bound:
+        where = _first(difference == error)
+        at = tuple(where)
+        problem = (
+            f"{name}: error {error:.3e} exceeds {bound:.3e} (torch's own error {their_error:.3e}) "
+            f"at {where}: ours {ours[at]}, theirs {theirs[at]}, truth {truth[at]}"
+        )
+    return Comparison(name, dtype, error, their_error, bound, problem)
+
+
+def _floor(dtype: torch.dtype) -> float:
+    if not dtype.is_floating_point:
+        return 0.0
+    # A few roundings of an accurate order of operations; a half result is rounded once.
+    return (1 if dtype.itemsize == 2 else 8) * torch.finfo(dtype).eps
+
+
+def _largest(x: Tensor) -> float:
+    return x.abs().max().item() if x.numel() else 0.0
+
+
+def _first(mask: Tensor) -> list[int]:
+    return mask.nonzero()[0].tolist()

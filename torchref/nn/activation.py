@@ -383,7 +383,7 @@ def elu_bwd(dy: Tensor, x: Tensor, alpha: float, scale: float, from_output: bool
         slope = x32 + scale * alpha
     else:
         slope = scale * alpha * x32.clamp_max(0).exp()  # clamped: e^x may not overflow unused
-    return (dy32 * torch.where(x32 > 0, scale, slope)).to(dy.dtype)
+    return (dy32 * torch.where(x32 <= 0, slope, scale)).to(dy.dtype)  # a NaN passes dy
 
 
 class GELU(torch.nn.GELU):

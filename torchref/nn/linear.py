@@ -24,8 +24,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Args:
         input: floating point, shape (..., in_features).
-        weight: shape (out_features, in_features), or (in_features,) for one neuron.
-        bias: shape (out_features,), or () for one neuron.
+        weight: shape (out_features, in_features), or (in_features,) for one neuron without bias.
+        bias: shape (out_features,), or None.
 
     Returns:
         A tensor of shape (..., out_features), or (...) for one neuron.
@@ -41,11 +41,12 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Source: Rosenblatt, "The perceptron", 1958; the gradient: Rumelhart, Hinton and Williams, 1986.
     """
     input, weight, bias = autocast("linear", input, weight, bias)
-    if weight.ndim == 1:
-        bias = None if bias is None else bias.reshape(1)
-        return linear(input, weight.unsqueeze(0), bias).squeeze(-1)
+    if weight.ndim == 1 and bias is None:
+        return linear(input, weight.unsqueeze(0)).squeeze(-1)
     if weight.ndim != 2:
-        raise RuntimeError(f"linear: expected 1D or 2D `weight`, got shape {tuple(weight.shape)}")
+        raise RuntimeError(
+            f"linear: expected 2D `weight` (1D without bias), got shape {tuple(weight.shape)}"
+        )
     if input.ndim == 0 or input.shape[-1] != weight.shape[1]:
         raise RuntimeError(
             f"linear: expected `input` of shape (..., {weight.shape[1]}) for `weight` of shape "

@@ -399,8 +399,10 @@ def bce_with_logits_loss_bwd(
     x32, t32 = opmath(x), opmath(target)
     e = torch.where(x32 < 0, x32, -x32).exp()
     sigmoid = torch.where(x32 < 0, e, 1) / (1 + e)
-    positive = _positive_weight(t32, pos_weight)
-    slope = positive * sigmoid - (positive + t32 - 1)  # the last is p t
+    if pos_weight is None:
+        slope = sigmoid - t32
+    else:
+        slope = _positive_weight(t32, pos_weight) * sigmoid - opmath(pos_weight) * t32
     return (spread(dy, x, reduction) * _weighted(slope, weight)).to(x.dtype)
 
 

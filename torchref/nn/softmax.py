@@ -13,14 +13,14 @@ class Softmax(torch.nn.Softmax):
     """Drop-in for :class:`torch.nn.Softmax`; see :func:`softmax`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return softmax(input, self.dim, _stacklevel=5)
+        return softmax(input, self.dim, _stacklevel=6)
 
 
 class LogSoftmax(torch.nn.LogSoftmax):
     """Drop-in for :class:`torch.nn.LogSoftmax`; see :func:`log_softmax`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return log_softmax(input, self.dim, _stacklevel=5)
+        return log_softmax(input, self.dim, _stacklevel=6)
 
 
 def softmax(

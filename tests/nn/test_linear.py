@@ -1,0 +1,50 @@
+import pytest
+import torch
+import torch.nn.functional as theirs
+
+import torchref.nn as nn
+import torchref.nn.functional as ours
+from torchref.testing import assert_parity
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(13, 7), (7,), (2, 3, 7), (0, 7), (1, 7)], ids=str)
+def test_values_and_gradients(shape, bias, dtype):
+    pair = [m.Linear(7, 5, bias).to(dtype) for m in (nn, torch.nn)]
+    assert_parity(*pair, torch.randn(shape).to(dtype).requires_grad_())
+
+
+def test_one_neuron():
+    for shape in ((4, 7), (7,), (2, 3, 7)):
+        x, weight = torch.randn(shape, requires_grad=True), torch.randn(7, requires_grad=True)
+        assert_parity(ours.linear, theirs.linear, x, weight)
+
+
+def test_layouts_and_upstream_gradients():
+    for x in (torch.randn(7, 13).t(), torch.randn(13, 14)[:, ::2], torch.randn(7).expand(13, 7)):
+        for upstream in (torch.ones(()).expand(13, 5), torch.randn(5, 13).t()):
+            pair = nn.Linear(7, 5), torch.nn.Linear(7, 5)
+            assert_parity(*pair, x.requires_grad_(), upstream=upstream)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element:UserWarning")  # torch's own
+def test_no_features():
+    assert_parity(nn.Linear(0, 3), torch.nn.Linear(0, 3), torch.empty(4, 0, requires_grad=True))
+    assert_parity(nn.Linear(3, 0), torch.nn.Linear(3, 0), torch.empty(4, 3, requires_grad=True))
+
+
+def test_errors():
+    weight = torch.randn(5, 7)
+    for args, match in [
+        ((torch.randn(4, 6), weight), r"`input` of shape \(\.\.\., 7\).*got \(4, 6\)"),
+        ((torch.tensor(1.0), weight), r"got \(\)"),
+        ((torch.randn(7), torch.randn(2, 5, 7)), "2D `weight`"),
+        ((torch.randn(4, 7), weight[0], torch.tensor(1.0)), "2D `weight`"),
+        ((torch.randn(4, 7).double(), weight), "dtype"),
+        ((torch.randn(4, 7), weight, torch.randn(4)), "size"),
+    ]:
+        with pytest.raises(RuntimeError, match=match):
+            ours.linear(*args)
+        with pytest.raises(RuntimeError):
+            theirs.linear(*args)

@@ -48,8 +48,10 @@ class Function(torch.autograd.Function):
         """``forward(*args)``, recorded where a gradient is needed."""
         if torch._C._is_any_autocast_enabled():
             # Inputs are cast by now; the formulas' own operations must not be cast again.
-            with torch.autocast(_device_type(args), enabled=False):
-                return cls._call(*args)
+            device = _device_type(args)
+            if torch.amp.is_autocast_available(device):
+                with torch.autocast(device, enabled=False):
+                    return cls._call(*args)
         return cls._call(*args)
 
     @classmethod
@@ -110,6 +112,8 @@ _FLOAT32 = {
 def autocast(piece: str, *tensors: Any) -> tuple[Any, ...]:
     """The tensors as torch's autocast would hand them to ``piece``; None stays None."""
     device = tensors[0].device.type
+    if not torch._C._is_any_autocast_enabled() or not torch.amp.is_autocast_available(device):
+        return tensors
     if not torch.is_autocast_enabled(device):
         return tensors
     if piece == "linear":

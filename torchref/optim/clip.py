@@ -1,0 +1,125 @@
+"""Gradient clipping by the norm of all gradients together."""
+
+# torch._foreach_* is how torch.optim itself works on lists; it has no public name.
+# pyright: reportPrivateImportUsage=false
+
+import types
+import warnings
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.utils._foreach_utils import _device_has_foreach_support, _has_foreach_support
+
+from torchref.optim._update import by_device_and_dtype
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    r"""Scale gradients down, in place, so that their norm as one vector is at most ``max_norm``.
+
+    .. math::
+        g \leftarrow g \cdot \min\Big(1, \frac{c}{\lVert g \rVert_p + 10^{-6}}\Big)
+
+    Norms of half-precision gradients are accumulated in float32. The host waits for the device
+    only under ``error_if_nonfinite``.
+
+    Args:
+        parameters: the tensors whose ``.grad`` is scaled, or one such tensor.
+        max_norm: :math:`c`, the largest norm to leave as it is.
+        norm_type: :math:`p`, which may be ``inf``.
+        error_if_nonfinite: raise where the norm is NaN or infinite, and leave the gradients be.
+            Otherwise they are scaled by it: an infinite norm makes them 0 or NaN.
+        foreach: work on lists of tensors; None does so where torch can.
+
+    Returns:
+        The norm before clipping, a tensor of no dimensions in the gradients' type.
+
+    Raises:
+        RuntimeError: the norm is not finite under ``error_if_nonfinite``, or ``foreach=True`` on a
+            device without such operations.
+
+    Example:
+        >>> import torch, torchref
+        >>> w = torch.nn.Parameter(torch.zeros(2))
+        >>> w.grad = torch.tensor([3.0, 4.0])
+        >>> torchref.optim.clip_grad_norm_([w], max_norm=1.0)
+        tensor(5.)
+        >>> w.grad
+        tensor([0.6000, 0.8000])
+
+    Source: Pascanu, Mikolov and Bengio, "On the difficulty of training recurrent neural networks",
+    2013.
+    """
+    grads = [x.grad for x in _listed(parameters) if x.grad is not None]
+    norm_type = float(norm_type)
+    if not grads:
+        return torch.tensor(0.0)
+    parts = [grads for (grads,) in by_device_and_dtype([grads])]
+    norms: list[Tensor] = []
+    for part in parts:
+        norms.extend(_norms(part, norm_type, foreach))
+    norms = [norm.to(grads[0].device) for norm in norms]
+    total_norm = torch.linalg.vector_norm(torch.stack(norms), norm_type)
+    if error_if_nonfinite and not total_norm.isfinite():
+        raise RuntimeError(
+            f"The total norm of order {norm_type} for gradients from "
+            "`parameters` is non-finite, so it cannot be clipped. To disable "
+            "this error and scale the gradients by the non-finite norm anyway, "
+            "set `error_if_nonfinite=False`"
+        )
+    # Clamped instead of tested: a test would wait for the device.
+    scale = (float(max_norm) / (total_norm + 1e-6)).clamp(max=1.0)
+    for part in parts:
+        _scale_(part, scale.to(part[0].device), foreach)
+    return total_norm.to(_norm_dtype(grads))
+
+
+def _norms(grads: list[Tensor], norm_type: float, foreach: bool | None) -> list[Tensor]:
+    dtype = _norm_dtype(grads)
+    wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else None
+    if _in_lists(grads, foreach):
+        return list(torch._foreach_norm(grads, norm_type, dtype=wide))
+    return [torch.linalg.vector_norm(g, norm_type, dtype=wide) for g in grads]
+
+
+def _scale_(grads: list[Tensor], scale: Tensor, foreach: bool | None) -> None:
+    if _in_lists(grads, foreach):
+        torch._foreach_mul_(grads, scale)
+    else:
+        for g in grads:
+            g.mul_(scale)
+
+
+def _in_lists(grads: list[Tensor], foreach: bool | None) -> bool:
+    device = grads[0].device
+    if foreach and not _device_has_foreach_support(device):
+        raise RuntimeError(
+            f"foreach=True was passed, but can't use the foreach API on {device.type} tensors"
+        )
+    return _has_foreach_support(grads, device) if foreach is None else foreach
+
+
+def _norm_dtype(grads: list[Tensor]) -> torch.dtype:
+    """The real type that the norm of all gradients has in torch."""
+    dtype = grads[0].dtype
+    for g in grads[1:]:
+        dtype = torch.promote_types(dtype, g.dtype)
+    return dtype.to_real()
+
+
+def _listed(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    if isinstance(parameters, Tensor):
+        return [parameters]
+    listed = list(parameters)
+    if not listed and isinstance(parameters, types.GeneratorType):
+        warnings.warn(
+            "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=4
+        )
+    return listed

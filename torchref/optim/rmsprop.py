@@ -1,0 +1,210 @@
+"""RMSprop: a step divided by a running root mean square of the gradient."""
+
+# torch._foreach_* is how torch.optim itself works on lists; it has no public name.
+# pyright: reportPrivateImportUsage=false
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import _to_scalar, _use_grad_for_differentiable, _view_as_real
+
+from torchref.backend import accelerated
+from torchref.optim._update import (
+    Scalar,
+    add,
+    add_,
+    addcdiv_,
+    addcmul_,
+    advance,
+    by_device_and_dtype,
+    check_capturable,
+    flat,
+    foreach_add_,
+    is_number,
+    runs_foreach,
+    store,
+    unscaled,
+    weight,
+    workspace,
+)
+
+
+class RMSprop(torch.optim.RMSprop):
+    r"""Drop-in for :class:`torch.optim.RMSprop`.
+
+    .. math::
+        v_t &= \alpha v_{t-1} + (1 - \alpha) g_t^2 \\
+        \theta_t &= \theta_{t-1} - \eta \, \frac{g_t}{\sqrt{v_t} + \epsilon}
+
+    with :math:`g_t` the gradient, negated under ``maximize``, plus :math:`\lambda\theta_{t-1}`.
+    Under ``centered``, :math:`v_t - \bar g_t^2` takes :math:`v_t`'s place under the root, where
+    :math:`\bar g_t = \alpha \bar g_{t-1} + (1 - \alpha) g_t`. With momentum :math:`\mu` the
+    quotient is first added to :math:`b_t = \mu b_{t-1} + g_t / (\sqrt{v_t} + \epsilon)`, and
+    :math:`\theta_t = \theta_{t-1} - \eta b_t`.
+
+    The course's constants are ``alpha=0.9, eps=1e-8``. Half-precision parameters are computed in
+    float32 and rounded once per step.
+
+    Args:
+        params: the tensors to optimize, named or not, or dicts of them with options of their own.
+        lr: learning rate :math:`\eta \ge 0`.
+        alpha: the share :math:`\alpha` in [0, 1) that the average keeps each step.
+        eps: :math:`\epsilon \ge 0`, added to the denominator outside the root.
+        weight_decay: :math:`\lambda \ge 0`. The penalty :math:`\lambda' \sum \theta^2` has
+            :math:`\lambda = 2 \lambda'`.
+        momentum: :math:`\mu \ge 0`.
+        centered: divide by the standard deviation instead of the root mean square.
+        capturable: keep the step count on the device, for CUDA graphs.
+        foreach: work on lists of tensors; None lets torch choose.
+        maximize: ascend instead of descend.
+        differentiable: let autograd record the step.
+
+    Raises:
+        ValueError: a hyperparameter is out of its range.
+        RuntimeError: a gradient is sparse.
+
+    Example:
+        >>> import torch, torchref
+        >>> w = torch.nn.Parameter(torch.tensor([1.0]))
+        >>> optimizer = torchref.optim.RMSprop([w], lr=0.1, alpha=0.75)
+        >>> (3 * w).sum().backward()
+        >>> optimizer.step()  # by lr / sqrt(1 - alpha)
+        >>> w.data
+        tensor([0.8000])
+
+    Source: Hinton, "Neural networks for machine learning", lecture 6e, 2012; Graves, "Generating
+    sequences with recurrent neural networks", section 4.2, 2013 (centered).
+    """
+
+    @_use_grad_for_differentiable
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters once.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            What ``closure`` returns, or None.
+        """
+        self._accelerator_graph_capture_health_check()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            lists: list[list[Tensor]] = [[], [], [], [], [], []]
+            params, grads, square_avgs, momentum_buffers, grad_avgs, steps = lists
+            self._init_group(group, params, grads, square_avgs, momentum_buffers, grad_avgs, steps)
+            rmsprop(params, grads, square_avgs, momentum_buffers, grad_avgs, steps, group)
+        return loss
+
+
+def rmsprop(
+    params: list[Tensor],
+    grads: list[Tensor],
+    square_avgs: list[Tensor],
+    momentum_buffers: list[Tensor],
+    grad_avgs: list[Tensor],
+    steps: list[Tensor],
+    group: dict[str, Any],
+) -> None:
+    """One step for a group's tensors; the lists of state that is not in use are empty."""
+    if group["foreach"] and group["differentiable"]:
+        raise AssertionError("_foreach ops don't support autograd")  # torch's
+    check_capturable(params, steps, group)
+    state = [x for x in (grads, square_avgs, momentum_buffers, grad_avgs) if x]
+    _view_as_real(params, *state)
+    advance(steps)
+    if runs_foreach(params, group):
+        lists = [params, grads, square_avgs, momentum_buffers, grad_avgs]
+        for p, g, v, b, mean in by_device_and_dtype(lists):
+            foreach_rmsprop_update(p, g, v, b, mean, group)
+        return
+    for i, param in enumerate(params):
+        momentum_buffer = momentum_buffers[i] if group["momentum"] > 0 else None
+        grad_avg = grad_avgs[i] if group["centered"] else None
+        rmsprop_update(
+            *flat(param, grads[i], square_avgs[i], momentum_buffer, grad_avg),
+            _to_scalar(group["lr"]),
+            group["alpha"],
+            group["eps"],
+            group["weight_decay"] or None,
+            group["momentum"] or None,
+            group["maximize"],
+            group["differentiable"],
+        )
+
+
+@accelerated("multi_tensor")
+def rmsprop_update(
+    param: Tensor,
+    grad: Tensor,
+    square_avg: Tensor,
+    momentum_buffer: Tensor | None,
+    grad_avg: Tensor | None,
+    lr: Scalar,
+    alpha: Scalar,
+    eps: float,
+    weight_decay: float | None,
+    momentum: float | None,
+    maximize: bool,
+    differentiable: bool,
+) -> None:
+    """One tensor's step, in place; ``grad_avg`` is None unless the update is centered."""
+    state = [param, square_avg, momentum_buffer, grad_avg]
+    work = workspace(state, None, differentiable)
+    p, v, b, mean = work
+    g = unscaled(grad, None, None)
+    if maximize:
+        g = -g
+    if weight_decay is not None:
+        g = add(g, p, weight_decay)
+    addcmul_(v.mul_(alpha), g, g, 1 - alpha)
+    if mean is None:
+        denominator = v.sqrt()
+    else:
+        mean.lerp_(g, weight(1 - alpha, mean))
+        denominator = v.addcmul(mean, mean, value=-1).sqrt_()
+    denominator = denominator + eps
+    if b is None:
+        addcdiv_(p, g, denominator, -lr)
+    else:
+        b.mul_(momentum).addcdiv_(g, denominator)
+        add_(p, b, -lr)
+    store(state, work, None)
+
+
+def foreach_rmsprop_update(
+    params: list[Tensor],
+    grads: list[Tensor],
+    square_avgs: list[Tensor],
+    momentum_buffers: list[Tensor],
+    grad_avgs: list[Tensor],
+    group: dict[str, Any],
+) -> None:
+    """:func:`rmsprop_update` on lists of tensors of one device and type."""
+    lr, alpha = _to_scalar(group["lr"]), group["alpha"]
+    if group["maximize"]:
+        grads = list(torch._foreach_neg(grads))
+    if group["weight_decay"] != 0:
+        grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
+    torch._foreach_mul_(square_avgs, alpha)
+    torch._foreach_addcmul_(square_avgs, grads, grads, value=1 - alpha)
+    if group["centered"]:
+        torch._foreach_lerp_(grad_avgs, grads, 1 - alpha)
+        denominators = torch._foreach_addcmul(square_avgs, grad_avgs, grad_avgs, value=-1)
+        torch._foreach_sqrt_(denominators)
+    else:
+        denominators = torch._foreach_sqrt(square_avgs)
+    torch._foreach_add_(denominators, group["eps"])
+    if group["momentum"] > 0:
+        torch._foreach_mul_(momentum_buffers, group["momentum"])
+        torch._foreach_addcdiv_(momentum_buffers, grads, denominators)
+        foreach_add_(params, momentum_buffers, -lr)
+    elif is_number(lr):
+        torch._foreach_addcdiv_(params, grads, denominators, value=-lr)
+    else:
+        torch._foreach_div_(denominators, -lr)
+        torch._foreach_addcdiv_(params, grads, denominators)

@@ -100,6 +100,7 @@ def test_second_derivatives_are_torchs(piece):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(piece, dynamic):
+    torch._dynamo.reset()  # every partial shares one code object, and its limit of compilations
     compiled = torch.compile(piece.ours, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     inputs = piece.inputs(torch.float64)
     xs = [x for x in inputs if x.requires_grad]
@@ -176,11 +177,11 @@ def test_vmap(piece):
     ours, theirs = both(piece)
     x, *rest = (x.detach() for x in leaves(piece))
     batch = torch.stack([x, x.flip(0), x])
-    for wrap in (lambda f: f, lambda f: torch.func.grad(loss(f))):
-        results = [
-            torch.vmap(lambda x, f=f: wrap(f)(x, *rest), randomness="same")(batch)
-            for f in (ours, theirs)
-        ]
+    for transform in (lambda f: f, lambda f: torch.func.grad(loss(f))):
+        results = []
+        for f in map(transform, (ours, theirs)):
+            over_first = (0, *[None] * len(rest))
+            results.append(torch.vmap(f, over_first, randomness="same")(batch, *rest))
         close(*results)
     assert not ran
 

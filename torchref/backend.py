@@ -235,7 +235,10 @@ class _Compiled:
             self.variants[key] = variant
         # One grad mode for all: autograd is not recording here, or the formula would have run.
         with torch.no_grad():
-            return variant(*[_traced(arg) for arg in args])
+            output = variant(*[_traced(arg) for arg in args])
+        if isinstance(output, tuple):
+            return tuple(_itself(y, args[0]) for y in output)
+        return _itself(output, args[0])
 
 
 def _kind(arg: Any) -> Any:
@@ -248,8 +251,16 @@ def _kind(arg: Any) -> Any:
     return float if isinstance(arg, float) else arg
 
 
+def _itself(y: Any, x: Tensor) -> Any:
+    """``x`` where it was written in place: autograd knows it by identity."""
+    return x if isinstance(y, Tensor) and y.data_ptr() == x.data_ptr() != 0 else y
+
+
 def _traced(arg: Any) -> Any:
-    return torch.tensor(arg, dtype=torch.float64) if isinstance(arg, float) else arg
+    if isinstance(arg, float):
+        return torch.tensor(arg, dtype=torch.float64)
+    # Dynamo reads `.grad`, which on a saved output warns
+    return arg.detach() if isinstance(arg, Tensor) and arg.requires_grad else arg
 
 
 def _clone(formula: Callable[..., Any], number: int) -> Callable[..., Any]:

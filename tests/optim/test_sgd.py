@@ -114,6 +114,7 @@ def test_a_torch_state_dict_brings_torchs_momentum():
 )
 @pytest.mark.parametrize("foreach", [None, True])
 @pytest.mark.parametrize("backend", ["auto", "compiled"])
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # torch 2.11's own sums
 def test_sparse_gradients(options, foreach, backend, monkeypatch):
     traced(monkeypatch, "SGD")
     results = []

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,7 @@ def assert_parity(
         2 \cdot \text{error of theirs} + f \varepsilon \cdot \max |\text{truth}|
 
     with f = 8 in float32 and float64 and f = 1 in the half types, whatever the size of a reduction.
+    In float64, where theirs is its own truth, its error is taken to be that of float32, scaled.
     NaN and infinities must stand where they stand in theirs. Shapes, dtypes and strides (of
     outputs, gradients and buffers) must be theirs too.
 
@@ -99,14 +100,28 @@ def measure_parity(
         ours = copy.deepcopy(ours)
         ours.load_state_dict(theirs.state_dict())
     run = {"inputs": inputs, "upstream": upstream, "seed": seed, "kwargs": kwargs}
-    of_ours = dict(_run(ours, **run))
-    of_theirs = dict(_run(theirs, **run))
-    truth = dict(_run(theirs, **run, dtype=torch.float64))
+    of_ours, of_theirs = dict(_run(ours, **run)), dict(_run(theirs, **run))
+    truth = dict(_run(theirs, **run, dtypes=[torch.float64]))
+    errors = {name: _error(of_theirs[name], truth[name]) for name in truth}
+    if any(t is not None and t.dtype == torch.float64 for t in of_theirs.values()):
+        errors |= _float64_errors(theirs, run)
     comparisons = []
     for name in [*of_theirs, *(name for name in of_ours if name not in of_theirs)]:
         tensors = (of_ours.get(name), of_theirs.get(name), truth.get(name))
-        comparisons.append(_compare(name, *tensors, strides=strides))
+        comparisons.append(_compare(name, *tensors, errors.get(name, 0.0), strides))
     return comparisons
+
+
+def _float64_errors(theirs: Callable[..., Any], run: dict[str, Any]) -> dict[str, float]:
+    """Their error in float64, where they are the truth: their error in float32, scaled down."""
+    single = dict(_run(theirs, **run, dtypes=[torch.float32]))
+    truth = dict(_run(theirs, **run, dtypes=[torch.float32, torch.float64]))
+    ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    return {
+        name: ratio * _error(single[name], tensor)
+        for name, tensor in truth.items()
+        if tensor is not None and tensor.dtype == torch.float64
+    }
 
 
 def _run(
@@ -115,13 +130,15 @@ def _run(
     upstream: Tensor | None,
     seed: int,
     kwargs: dict[str, Any],
-    dtype: torch.dtype | None = None,
+    dtypes: Sequence[torch.dtype] = (),
 ) -> Iterator[tuple[str, Tensor | None]]:
     """Everything that a call and its backward pass leave behind, by name."""
     if isinstance(function, nn.Module):
-        function = copy.deepcopy(function).to(dtype)
-    args = [_fresh(x, dtype) if isinstance(x, Tensor) else x for x in inputs]
-    kwargs = {k: _fresh(x, dtype) if isinstance(x, Tensor) else x for k, x in kwargs.items()}
+        function = copy.deepcopy(function)
+        for dtype in dtypes:
+            function = function.to(dtype)
+    args = [_fresh(x, dtypes) if isinstance(x, Tensor) else x for x in inputs]
+    kwargs = {k: _fresh(x, dtypes) if isinstance(x, Tensor) else x for k, x in kwargs.items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         output = function(*args, **kwargs)
@@ -142,13 +159,13 @@ def _run(
         if isinstance(x, Tensor) and x.requires_grad:
             yield f"gradient of input {number}", x.grad
     if isinstance(function, nn.Module):
-        for name, parameter in function.named_parameters():
+        for name, parameter in function.named_parameters(remove_duplicate=False):
             yield f"gradient of {name}", parameter.grad
-        for name, buffer in function.named_buffers():
+        for name, buffer in function.named_buffers(remove_duplicate=False):
             yield f"buffer {name}", buffer
 
 
-def _fresh(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+def _fresh(x: Tensor, dtypes: Sequence[torch.dtype]) -> Tensor:
     """A leaf with the same values, strides and overlaps, in memory of its own."""
     if x.numel() == 0:
         copied = x.detach().clone()
@@ -156,13 +173,18 @@ def _fresh(x: Tensor, dtype: torch.dtype | None) -> Tensor:
         extent = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
         memory = x.detach().as_strided((extent,), (1,)).clone()
         copied = memory.as_strided(x.shape, x.stride())
-    if dtype is not None and x.is_floating_point():
+    for dtype in dtypes if x.is_floating_point() else ():
         copied = copied.to(dtype)
     return copied.requires_grad_(x.requires_grad)
 
 
 def _compare(
-    name: str, ours: Tensor | None, theirs: Tensor | None, truth: Tensor | None, strides: bool
+    name: str,
+    ours: Tensor | None,
+    theirs: Tensor | None,
+    truth: Tensor | None,
+    their_error: float,
+    strides: bool,
 ) -> Comparison:
     present = [t for t in (ours, theirs) if t is not None]
     dtype = present[0].dtype if present else torch.float32
@@ -176,7 +198,7 @@ def _compare(
     if strides and _layout(ours) != _layout(theirs):
         problem = f"{name}: strides are {ours.stride()}, theirs {theirs.stride()}"
         return Comparison(name, dtype, math.nan, 0.0, 0.0, problem)
-    return _compare_values(name, ours, theirs, truth)
+    return _compare_values(name, ours, theirs, truth, their_error)
 
 
 def _layout(x: Tensor) -> list[int]:
@@ -186,7 +208,9 @@ def _layout(x: Tensor) -> list[int]:
     return [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
 
 
-def _compare_values(name: str, ours: Tensor, theirs: Tensor, truth: Tensor) -> Comparison:
+def _compare_values(
+    name: str, ours: Tensor, theirs: Tensor, truth: Tensor, their_error: float
+) -> Comparison:
     dtype = ours.dtype
     ours, theirs, truth = (t.detach().cpu().to(torch.float64) for t in (ours, theirs, truth))
     special = ~theirs.isfinite()
@@ -198,7 +222,7 @@ def _compare_values(name: str, ours: Tensor, theirs: Tensor, truth: Tensor) -> C
         return Comparison(name, dtype, math.inf, 0.0, 0.0, problem)
     finite = ~special & truth.isfinite()  # where the dtype overflows there is no truth to compare
     difference = torch.where(finite, (ours - truth).abs(), 0)
-    error, their_error = _largest(difference), _largest(torch.where(finite, theirs - truth, 0))
+    error = _largest(difference)
     bound = 2 * their_error + _floor(dtype) * _largest(torch.where(finite, truth, 0))
     problem = ""
     if error > bound:
@@ -209,6 +233,13 @@ def _compare_values(name: str, ours: Tensor, theirs: Tensor, truth: Tensor) -> C
             f"at {where}: ours {ours[at]}, theirs {theirs[at]}, truth {truth[at]}"
         )
     return Comparison(name, dtype, error, their_error, bound, problem)
+
+
+def _error(theirs: Tensor | None, truth: Tensor | None) -> float:
+    if theirs is None or truth is None:
+        return 0.0
+    difference = (theirs.detach().double() - truth.detach().double()).abs()
+    return _largest(torch.where(difference.isfinite(), difference, 0))
 
 
 def _floor(dtype: torch.dtype) -> float:

@@ -1,6 +1,7 @@
 """The training primitives of a neural network, each proved against torch."""
 
 from torchref import nn as nn
+from torchref import optim as optim
 from torchref import testing as testing
 from torchref.backend import backend as backend
 from torchref.backend import get_backend as get_backend

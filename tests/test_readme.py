@@ -1,0 +1,38 @@
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+def test_examples_run(block):
+    exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_first_example_is_on_the_first_screen():
+    assert README[: README.index("```python")].count("\n") < 15
+    first = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
+    statements = [line for line in first.splitlines() if line and line[0] not in "#"]
+    assert len(statements) <= 10
+
+
+def test_it_says_what_would_fail():
+    """The softmax without its maximum, as the README invites one to try."""
+    from torchref.testing import assert_parity
+
+    def my_softmax(x):
+        return x.exp() / x.exp().sum(1, keepdim=True)
+
+    with pytest.raises(AssertionError):
+        assert_parity(my_softmax, lambda x: torch.softmax(x, 1), torch.randn(4, 10) * 100)
+
+
+def test_every_file_of_a_piece_is_in_the_table():
+    root = Path(__file__).parent.parent / "torchref"
+    for folder in ("nn", "optim"):
+        for path in (root / folder).glob("[a-z]*.py"):
+            if path.name not in ("functional.py",):
+                assert path.name in README, path.name

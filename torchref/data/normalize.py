@@ -85,11 +85,13 @@ class Standard(nn.Module):
             )
         return self.mean, self.std
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
         for name in ("mean", "std"):  # a fresh module has no buffers yet to copy into
             if getattr(self, name) is None and prefix + name in state_dict:
                 setattr(self, name, torch.empty_like(state_dict[prefix + name]))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         return "unfitted" if self.mean is None else f"{len(self.mean)}"

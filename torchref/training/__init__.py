@@ -1,0 +1,22 @@
+"""The Lightning side: a classifier, its data, early stopping, the torch twin and the run."""
+
+try:
+    import lightning.pytorch as _lightning  # noqa: F401
+    import torchmetrics as _torchmetrics  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ImportError(
+        f"torchref.training: {error.name} is missing: pip install 'torchref-triton[train]'"
+    ) from error
+
+from torchref.training.curves import plot_learning_curves as plot_learning_curves
+from torchref.training.data_module import ClassificationData as ClassificationData
+from torchref.training.early_stopping import EarlyStopping as EarlyStopping
+from torchref.training.history import History as History
+from torchref.training.history import RandomState as RandomState
+from torchref.training.mlp import build_mlp as build_mlp
+from torchref.training.mlp import build_optimizer as build_optimizer
+from torchref.training.module import Classifier as Classifier
+from torchref.training.module import MLPClassifier as MLPClassifier
+from torchref.training.parity import Parity as Parity
+from torchref.training.run import Config as Config
+from torchref.training.run import Run as Run

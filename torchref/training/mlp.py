@@ -1,0 +1,117 @@
+"""What the hyperparameters build, from torchref's pieces or, as a twin, from torch's."""
+
+from collections.abc import Iterable
+from types import ModuleType
+
+import torch
+
+import torchref
+import torchref.optim
+from torchref.nn.init import initialize
+from torchref.training.checks import check_choice, check_range
+
+ACTIVATIONS = {
+    "relu": "ReLU",
+    "leaky_relu": "LeakyReLU",
+    "sigmoid": "Sigmoid",
+    "tanh": "Tanh",
+    "elu": "ELU",
+    "selu": "SELU",
+    "gelu": "GELU",
+    "silu": "SiLU",
+}
+INITIALIZERS = {
+    "auto": "auto",
+    "he": "kaiming_normal",
+    "xavier": "xavier_normal",
+    "lecun": "lecun_normal",
+    "normal": "normal",
+    "zeros": "zeros",
+}
+OPTIMIZERS = {
+    "sgd": ("SGD", {}),
+    "momentum": ("SGD", {"momentum": 0.9}),
+    "rmsprop": ("RMSprop", {}),
+    "adam": ("Adam", {}),
+    "adamw": ("AdamW", {}),
+}
+
+
+def build_mlp(
+    features: int,
+    classes: int,
+    *,
+    depth: int = 2,
+    width: int = 128,
+    activation: str = "relu",
+    dropout: float = 0.1,
+    batch_norm: bool = True,
+    init: str = "auto",
+    library: ModuleType = torchref.nn,
+) -> torch.nn.Sequential:
+    """A multilayer perceptron: ``depth`` times Linear, BatchNorm, activation, Dropout; Linear.
+
+    A Linear before a BatchNorm has no bias: the normalization would subtract it.
+
+    Args:
+        features: length of a sample, > 0.
+        classes: number of logits, > 0.
+        depth: hidden layers, >= 0; 0 is softmax regression.
+        width: neurons of each hidden layer, > 0.
+        activation: a key of ``ACTIVATIONS``.
+        dropout: probability that a neuron is dropped, in [0, 1); 0 leaves the layer out.
+        batch_norm: whether each hidden layer has one; it needs batches of two samples or more.
+        init: a key of ``INITIALIZERS``; ``auto`` is He for the ReLU family, Xavier for sigmoid and
+            tanh, LeCun for SELU.
+        library: :mod:`torchref.nn`, or :mod:`torch.nn` for the twin.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Example:
+        >>> net = build_mlp(4, 3, depth=1, dropout=0.1)
+        >>> [type(layer).__name__ for layer in net]
+        ['Linear', 'BatchNorm1d', 'ReLU', 'Dropout', 'Linear']
+
+    Source: the course, "Hyperparameters of a neural network".
+    """
+    check_range("depth", depth, ">= 0", depth >= 0)
+    check_range("width", width, "> 0", width > 0)
+    check_range("dropout", dropout, "in [0, 1)", 0 <= dropout < 1)
+    check_choice("activation", activation, ACTIVATIONS)
+    check_choice("init", init, INITIALIZERS)
+    layers: list[torch.nn.Module] = []
+    for _ in range(depth):
+        layers.append(library.Linear(features, width, bias=not batch_norm))
+        if batch_norm:
+            layers.append(library.BatchNorm1d(width))
+        layers.append(getattr(library, ACTIVATIONS[activation])())
+        if dropout:
+            layers.append(library.Dropout(dropout))
+        features = width
+    net = torch.nn.Sequential(*layers, library.Linear(features, classes))
+    initialize(net, INITIALIZERS[init])
+    return net
+
+
+def build_optimizer(
+    name: str,
+    params: Iterable[torch.nn.Parameter],
+    lr: float,
+    library: ModuleType = torchref.optim,
+) -> torch.optim.Optimizer:
+    """An optimizer by name, its other arguments at torch's defaults.
+
+    Args:
+        name: ``sgd``, ``momentum`` (SGD with 0.9), ``rmsprop``, ``adam`` or ``adamw``.
+        params: what it updates.
+        lr: learning rate, finite, > 0.
+        library: :mod:`torchref.optim`, or :mod:`torch.optim` for the twin.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+    check_choice("optimizer", name, OPTIMIZERS)
+    check_range("lr", lr, "finite and > 0", 0 < lr < float("inf"))
+    kind, arguments = OPTIMIZERS[name]
+    return getattr(library, kind)(params, lr=lr, **arguments)

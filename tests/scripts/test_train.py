@@ -1,0 +1,228 @@
+import csv
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_iris
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec"),  # Lightning on torch's newer pytree
+]
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
+SPEC = importlib.util.spec_from_file_location("train_script", SCRIPT)
+train = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(train)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    count = torch.get_num_threads()
+    yield tmp_path
+    torch.set_num_threads(count)
+
+
+@pytest.fixture(scope="module")
+def iris(tmp_path_factory):
+    """A folder with a trained run of iris."""
+    folder = tmp_path_factory.mktemp("iris")
+    run_script(folder, *SMALL)
+    return folder
+
+
+SMALL = ("--dataset", "iris", "--epochs", "30", "--batch_size", "16", "--accelerator", "cpu")
+
+
+def run_script(folder, *arguments):
+    return subprocess.run(
+        [sys.executable, SCRIPT, *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=240,
+    )
+
+
+def fails(capsys, *arguments):
+    """The one line that a wrong command ends with."""
+    with pytest.raises(SystemExit) as stopped:
+        train.main(list(arguments))
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert out == ""
+    assert err.count("\n") == 1
+    return err
+
+
+def test_the_default_run(tmp_path):
+    begin = time.perf_counter()
+    done = run_script(tmp_path)
+    seconds = time.perf_counter() - begin
+    run = tmp_path / "runs" / "digits"
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert list(metrics) == [
+        "test_accuracy",
+        "test_f1",
+        "best_val_loss",
+        "best_epoch",
+        "epochs",
+        "stop_reason",
+        "parity_max_loss_diff",
+        "seconds",
+        "seed",
+        "versions",
+    ]
+    assert metrics["test_accuracy"] >= 0.97
+    assert metrics["test_f1"] >= 0.97
+    assert metrics["parity_max_loss_diff"] < 1e-5
+    assert seconds < 30
+    for name in ("best.ckpt", "last.ckpt", "learning_curves.png", "metrics.csv", "config.yaml"):
+        assert (run / name).stat().st_size > 0
+    assert len(done.stdout.splitlines()) == 4
+    assert f"accuracy {metrics['test_accuracy']:.4f}" in done.stdout
+    assert metrics["stop_reason"] in done.stdout
+    assert "parity   largest difference of the loss" in done.stdout
+    assert all(line.startswith("epoch ") for line in done.stderr.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--learning_rate", "0.1"], "unrecognized arguments: --learning_rate 0.1"),
+        (["extra"], "unrecognized arguments: extra"),
+        (["--lr", "-0.1"], "lr: expected finite and > 0, got -0.1"),
+        (["--lr", "fast"], "lr: expected float, got 'fast'"),
+        (["--lr"], "expected one argument"),
+        (["--batch_size", "some"], "batch_size: expected int or ['full'], got 'some'"),
+        (["--batch-size", "0"], "batch_size: expected >= 1 or 'full', got 0"),
+        (["--epochs", "-1"], "epochs: expected > 0, got -1"),
+        (["--depth", "-1"], "depth: expected >= 0, got -1"),
+        (["--width", "0"], "width: expected > 0, got 0"),
+        (["--dropout", "1"], "dropout: expected in [0, 1), got 1.0"),
+        (["--l1", "-1"], "l1: expected finite and >= 0, got -1.0"),
+        (["--l2", "-1"], "l2: expected finite and >= 0, got -1.0"),
+        (["--patience", "0"], "patience: expected >= 1, got 0"),
+        (["--activation", "step"], "activation: expected one of relu"),
+        (["--init", "glorot"], "init: expected one of auto"),
+        (["--optimizer", "lion"], "optimizer: expected one of sgd"),
+        (["--dataset", "mnist"], "dataset: expected digits"),
+        (["--dataset", "csv:none.csv"], "none.csv: No such file or directory"),
+        (["--dataset", "csv:bad.csv"], "bad.csv: row 2, column 1: 'x' is not a finite number"),
+        (["--config", "none.yaml"], "none.yaml"),
+        (["--config", "bad.yaml"], "lrr"),
+        (["--config", "broken.yaml"], "Problems parsing config"),
+        (["--resume", "--name", "none"], "resume: no run in runs/none"),
+        (["--accelerator", "abacus"], "abacus"),
+        (["--precision", "7"], "Precision 7 is invalid"),
+        (["--strategy", "luck"], "luck"),
+        (["--backend", "magic"], "magic"),
+        (["predict"], "file"),
+        (["predict", "x.csv", "--run", "runs/none"], "no trained run in runs/none"),
+    ],
+)
+def test_a_wrong_command_ends_with_one_line_and_status_2(here, capsys, arguments, message):
+    (here / "bad.csv").write_text("1,2,a\nx,3,b\n")
+    (here / "bad.yaml").write_text("lrr: 0.1\n")
+    (here / "broken.yaml").write_text("lr: [\n")
+    assert message in fails(capsys, *arguments)
+
+
+def test_flags_override_the_yaml_file(here):
+    (here / "a.yaml").write_text("lr: 0.5\nwidth: 7\nprecision: 32\nbatch_size: full\n")
+    args = train.train_parser().parse_args(["--config", "a.yaml", "--width", "9", "--no-parity"])
+    config = train.to_config(args)
+    assert (config.lr, config.width, config.precision, config.batch_size) == (0.5, 9, 32, "full")
+    assert not config.parity
+
+
+def test_a_csv_of_ones_own_from_yaml(here, capsys):
+    x, y = load_iris(return_X_y=True)
+    names = np.array(["a", "b", "c"])[y]
+    with open("flowers.csv", "w", newline="") as file:
+        csv.writer(file).writerows(
+            [*row, name] for row, name in zip(x.tolist(), names, strict=True)
+        )
+    (here / "a.yaml").write_text("dataset: csv:flowers.csv\nepochs: 3\nwidth: 16\n")
+    train.main(["--config", "a.yaml", "--accelerator", "cpu"])
+    assert "files    runs/flowers/ (3 epochs" in capsys.readouterr().out
+
+
+def test_resume_keeps_the_configuration(iris, monkeypatch, capsys):
+    monkeypatch.chdir(iris)
+    config = (iris / "runs" / "iris" / "config.yaml").read_text()
+    train.main(["--dataset", "iris", "--name", "again", *SMALL[2:], "--epochs", "2"])
+    train.main(["--resume", "--name", "again", "--epochs", "5"])
+    assert "(5 epochs" in capsys.readouterr().out
+    again = (iris / "runs" / "again" / "config.yaml").read_text()
+    assert again.replace("again", "null").replace("epochs: 5", "epochs: 30") == config
+    assert "resume: width was 128" in fails(capsys, "--resume", "--name", "again", "--width", "5")
+
+
+def table(text):
+    return list(csv.reader(text.splitlines()))
+
+
+def test_predict_from_csv_and_npy(iris, monkeypatch, capsys):
+    monkeypatch.chdir(iris)
+    x, y = load_iris(return_X_y=True)
+    np.save("x.npy", x)
+    np.savetxt("x.csv", x, delimiter=",")
+    train.main(["predict", "x.npy", "--run", "runs/iris"])
+    out = capsys.readouterr().out
+    train.main(["predict", "x.csv", "--run", "runs/iris"])
+    assert capsys.readouterr().out == out
+    header, *rows = table(out)
+    assert header == ["class", "p(setosa)", "p(versicolor)", "p(virginica)"]
+    names = load_iris().target_names
+    assert np.mean([row[0] == names[label] for row, label in zip(rows, y, strict=True)]) > 0.9
+    assert all(abs(sum(map(float, row[1:])) - 1) < 2e-4 for row in rows)
+
+
+def test_predict_abstains_below_the_threshold(iris, monkeypatch, capsys):
+    monkeypatch.chdir(iris)
+    np.save("x.npy", load_iris().data)
+    train.main(["predict", "x.npy", "--run", "runs/iris", "--threshold", "0.9"])
+    out, err = capsys.readouterr()
+    for name, *p in table(out)[1:]:
+        assert (name == "abstain") == (max(map(float, p)) < 0.9)
+    assert err == f"abstained on {out.count('abstain')} of 150, below 0.9\n"
+
+
+def test_predict_names_what_is_wrong_with_the_file(iris, monkeypatch, capsys):
+    monkeypatch.chdir(iris)
+    Path("wide.csv").write_text("1,2,3,4,5\n")
+    Path("bad.csv").write_text("1,2,3,4\n1,2,?,4\n")
+    run = ("--run", "runs/iris")
+    assert "expected 4 features, got shape (1, 5)" in fails(capsys, "predict", "wide.csv", *run)
+    assert "row 2, column 3: '?'" in fails(capsys, "predict", "bad.csv", *run)
+    assert "none.csv: No such file" in fails(capsys, "predict", "none.csv", *run)
+    wrong = fails(capsys, "predict", "bad.csv", *run, "--threshold", "x")
+    assert "threshold: expected float" in wrong
+
+
+def test_two_processes(tmp_path):
+    ddp = ("--devices", "2", "--strategy", "ddp")
+    done = run_script(tmp_path, *SMALL, *ddp)
+    metrics = json.loads((tmp_path / "runs" / "iris" / "metrics.json").read_text())
+    assert metrics["epochs"] <= 30
+    assert metrics["test_accuracy"] > 0.8
+    assert "parity   off: it compares a single process" in done.stdout
+    assert len(done.stdout.splitlines()) == 4
+
+
+@pytest.mark.skipif(os.name == "nt", reason="waits for a C++ compiler on Windows")
+@pytest.mark.slow
+def test_compile(tmp_path):
+    done = run_script(tmp_path, *SMALL, "--compile")
+    assert "parity   off: a compiled network" in done.stdout
+    run_script(tmp_path, "--resume", "--name", "iris", "--no-compile", "--epochs", "32")

@@ -12,7 +12,7 @@ from pieces import PIECES
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
-backend = importlib.import_module("torchref.backend")
+from torchref import dispatch
 
 pytestmark = pytest.mark.parametrize("piece", PIECES, ids=lambda p: p.name)
 ran = []
@@ -20,9 +20,9 @@ ran = []
 
 @pytest.fixture(params=["reference", "kernel"], autouse=True)
 def implementation(request, monkeypatch):
-    monkeypatch.setattr(backend, "find_kernel", stand_in)
+    monkeypatch.setattr(dispatch, "find_kernel", stand_in)
     choice = "triton" if request.param == "kernel" else "reference"
-    monkeypatch.setattr(backend._process, "choice", choice)
+    monkeypatch.setattr(dispatch._process, "choice", choice)
     ran.clear()
     return request.param
 

@@ -1,5 +1,6 @@
 import ast
 import importlib.metadata
+import os
 import subprocess
 import sys
 import tomllib
@@ -10,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # Each layer may import those after it. `data` stands apart.
-LAYERS = ["scripts", "training", "nn", "optim", "autograd", "backend", "triton_kernels"]
+LAYERS = ["scripts", "training", "nn", "optim", "autograd", "dispatch", "triton_kernels"]
 
 
 def run(*command: str, **kwargs) -> subprocess.CompletedProcess:
@@ -130,7 +131,8 @@ def test_the_module_names_clashes(tmp_path):
         )
         (info / "top_level.txt").write_text(f"{name}\n")
         (info / "RECORD").write_text(f"{name}/__init__.py,,\n")
-    code = f"import sys; sys.path.append({str(tmp_path)!r}); import runpy; runpy.run_module('torchref', run_name='__main__')"
-    result = run(sys.executable, "-c", code, cwd=ROOT)
+    result = run(
+        sys.executable, "-m", "torchref", cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)}
+    )
     assert "torchref: also installed by foreign-torchref 9.9" in result.stdout
     assert "triton_kernels: installed by foreign-triton_kernels 9.9" in result.stdout

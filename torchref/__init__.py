@@ -3,8 +3,8 @@
 from torchref import nn as nn
 from torchref import optim as optim
 from torchref import testing as testing
-from torchref.backend import backend as backend
-from torchref.backend import get_backend as get_backend
-from torchref.backend import set_backend as set_backend
+from torchref.dispatch import backend as backend
+from torchref.dispatch import get_backend as get_backend
+from torchref.dispatch import set_backend as set_backend
 
 __version__ = "0.1.0"

@@ -6,7 +6,7 @@ import platform
 import torch
 
 import torchref
-from torchref.backend import explain
+from torchref.dispatch import explain
 
 DISTRIBUTION = "torchref-triton"
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchref import backend
+from torchref import dispatch
 
 
 class Function(torch.autograd.Function):
@@ -33,11 +33,11 @@ class Function(torch.autograd.Function):
         def eager_forward(ctx, *args):
             output = forward(*args)
             setup_context(ctx, args, output)
-            ctx.backend = backend.get_backend()
+            ctx.backend = dispatch.get_backend()
             return output
 
         def eager_backward(ctx, *grads):
-            with backend.kept(ctx.backend):
+            with dispatch.kept(ctx.backend):
                 return backward(ctx, *grads)
 
         methods = {"forward": staticmethod(eager_forward), "backward": staticmethod(eager_backward)}
@@ -56,7 +56,7 @@ class Function(torch.autograd.Function):
 
     @classmethod
     def _call(cls, *args: Any) -> Any:
-        if backend.differentiates_forward():
+        if dispatch.differentiates_forward():
             return cls.forward(*args)
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return cls.apply(*args)
@@ -72,7 +72,7 @@ def traces_in_place() -> bool:
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
-        or backend.differentiates_forward()
+        or dispatch.differentiates_forward()
     )
 
 

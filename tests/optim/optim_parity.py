@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import torchref
-from torchref.backend import accelerated
+from torchref.dispatch import accelerated
 from torchref.optim import adam, rmsprop, sgd
 
 NAMES = ("SGD", "RMSprop", "Adam", "AdamW")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from torchref.autograd import Function, autocast, opmath, traces_in_place
-from torchref.backend import accelerated
+from torchref.dispatch import accelerated
 
 # Klambauer et al., 2017: with these, mean 0 and variance 1 are a fixed point.
 SELU_ALPHA = 1.6732632423543772848170429916717

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
 from torchref.autograd import Function, opmath
-from torchref.backend import accelerated
+from torchref.dispatch import accelerated
 
 
 class _BatchNorm(TorchBatchNorm):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from torchref.autograd import Function, autocast, opmath
-from torchref.backend import accelerated, reads_values
+from torchref.dispatch import accelerated, reads_values
 from torchref.nn.loss import checked_reduction, require_constant
 
 

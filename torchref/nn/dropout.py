@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from torchref.autograd import Function, opmath, traces_in_place
-from torchref.backend import accelerated
+from torchref.dispatch import accelerated
 
 
 class Dropout(torch.nn.Dropout):

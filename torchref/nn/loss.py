@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import _reduction
 
 from torchref.autograd import Function, autocast, opmath
-from torchref.backend import accelerated, reads_values
+from torchref.dispatch import accelerated, reads_values
 
 
 class MSELoss(torch.nn.MSELoss):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from torchref.autograd import Function, autocast, opmath
-from torchref.backend import accelerated
+from torchref.dispatch import accelerated
 
 
 class Softmax(torch.nn.Softmax):

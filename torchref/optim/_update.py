@@ -21,7 +21,7 @@ from torch.optim.optimizer import (
 )
 
 from torchref.autograd import opmath
-from torchref.backend import get_backend
+from torchref.dispatch import get_backend
 
 # A hyperparameter: a number, or a tensor of one element where torch allows it.
 Scalar = float | Tensor

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, _to_scalar, _use_grad_for_differentiable, _view_as_real
 
-from torchref.backend import accelerated
+from torchref.dispatch import accelerated
 from torchref.optim._update import (
     Scalar,
     add,

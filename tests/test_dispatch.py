@@ -10,8 +10,7 @@ from pieces import PIECES
 
 import torchref
 import torchref.nn.functional as ours
-
-backend = importlib.import_module("torchref.backend")
+from torchref import dispatch
 
 
 @pytest.fixture
@@ -35,7 +34,7 @@ def python(code: str, **env: str) -> subprocess.CompletedProcess:
 
 
 def test_auto_is_the_formula_on_the_cpu(monkeypatch):
-    monkeypatch.setattr(backend, "find_kernel", lambda *_: pytest.fail("looked for a kernel"))
+    monkeypatch.setattr(dispatch, "find_kernel", lambda *_: pytest.fail("looked for a kernel"))
     assert torchref.get_backend() == "auto"
     ours.relu(torch.ones(2))
 
@@ -63,21 +62,21 @@ def test_the_environment_chooses():
 
 def test_triton_says_why_it_cannot_run(monkeypatch):
     for reason in ("no CUDA or ROCm device", "triton is not installed"):
-        monkeypatch.setattr(backend, "why_no_kernels", lambda reason=reason: reason)
+        monkeypatch.setattr(dispatch, "why_no_kernels", lambda reason=reason: reason)
         with pytest.raises(RuntimeError, match=f"set_backend: .*cannot run here: {reason}"):
             torchref.set_backend("triton")
-    monkeypatch.setattr(backend._process, "choice", "triton")
-    monkeypatch.setattr(backend, "find_kernel", lambda *_: None)
+    monkeypatch.setattr(dispatch._process, "choice", "triton")
+    monkeypatch.setattr(dispatch, "find_kernel", lambda *_: None)
     with pytest.raises(RuntimeError, match="relu_fwd: the triton backend cannot run it: triton is"):
         ours.relu(torch.ones(2))
-    monkeypatch.setattr(backend, "why_no_kernels", lambda: None)
+    monkeypatch.setattr(dispatch, "why_no_kernels", lambda: None)
     with pytest.raises(RuntimeError, match="relu_fwd has no kernel yet"):
         ours.relu(torch.ones(2))
 
 
 def test_reasons_without_a_gpu(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "not installed" in backend.why_no_kernels()
+    assert "not installed" in dispatch.why_no_kernels()
 
 
 def test_backward_keeps_what_forward_chose(monkeypatch):
@@ -85,13 +84,13 @@ def test_backward_keeps_what_forward_chose(monkeypatch):
     seen = []
 
     def kernel(*args):
-        seen.append((threading.get_ident(), backend.get_backend()))
+        seen.append((threading.get_ident(), dispatch.get_backend()))
         return torch.zeros_like(args[0])
 
-    monkeypatch.setattr(backend, "find_kernel", lambda *_: kernel)
-    monkeypatch.setattr(backend._process, "choice", "triton")
+    monkeypatch.setattr(dispatch, "find_kernel", lambda *_: kernel)
+    monkeypatch.setattr(dispatch._process, "choice", "triton")
     y = ours.sigmoid(torch.ones(2, requires_grad=True))
-    monkeypatch.setattr(backend._process, "choice", "reference")
+    monkeypatch.setattr(dispatch._process, "choice", "reference")
     thread = threading.Thread(target=lambda: y.sum().backward())
     thread.start()
     thread.join()
@@ -101,8 +100,8 @@ def test_backward_keeps_what_forward_chose(monkeypatch):
 
 
 def test_find_kernel_knows_files_and_names():
-    assert backend.find_kernel("no_such_piece", "f") is None
-    assert backend.find_kernel("softmax", "no_such_function") is None
+    assert dispatch.find_kernel("no_such_piece", "f") is None
+    assert dispatch.find_kernel("softmax", "no_such_function") is None
 
 
 @pytest.mark.parametrize("piece", PIECES, ids=lambda p: p.name)

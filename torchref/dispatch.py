@@ -258,7 +258,7 @@ def _itself(y: Any, x: Tensor) -> Any:
 
 def _traced(arg: Any) -> Any:
     if isinstance(arg, float):
-        return torch.tensor(arg, dtype=torch.float64)
+        return torch.tensor(arg, dtype=torch.float64, device="cpu")
     # Dynamo reads `.grad`, which on a saved output warns
     return arg.detach() if isinstance(arg, Tensor) and arg.requires_grad else arg
 

@@ -85,6 +85,15 @@ def opmath(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def rounded(y: Tensor, like: Tensor) -> Tensor:
+    """``y`` in the type of ``like``.
+
+    ``y`` itself where it has it: with ``y.to`` as a Function's last operation, which then returns
+    an alias, torch.compile in torch 2.11 loses the gradient without a word.
+    """
+    return y if y.dtype == like.dtype else y.to(like.dtype)
+
+
 # torch's autocast lists (aten/src/ATen/autocast_mode.h): the pieces that run in float32 under
 # autocast on each kind of device. The others keep their input's type.
 _FLOAT32 = {

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from torchref.autograd import Function, autocast, opmath, traces_in_place
+from torchref.autograd import Function, autocast, opmath, rounded, traces_in_place
 from torchref.dispatch import accelerated
 
 # Klambauer et al., 2017: with these, mean 0 and variance 1 are a fixed point.
@@ -162,7 +162,7 @@ def leaky_relu_fwd(x: Tensor, negative_slope: float, inplace: bool) -> Tensor:
 def leaky_relu_bwd(dy: Tensor, x: Tensor, negative_slope: float) -> Tensor:
     """``x`` may also be the output: for a slope >= 0 its sign is the same."""
     dy32 = opmath(dy)
-    return torch.where(x > 0, dy32, dy32 * negative_slope).to(dy.dtype)
+    return rounded(torch.where(x > 0, dy32, dy32 * negative_slope), dy)
 
 
 class Sigmoid(torch.nn.Sigmoid):
@@ -210,13 +210,13 @@ class SigmoidFunction(_FromOutput):
 
 @accelerated("activation")
 def sigmoid_fwd(x: Tensor) -> Tensor:
-    return _sigmoid(opmath(x)).to(x.dtype)
+    return rounded(_sigmoid(opmath(x)), x)
 
 
 @accelerated("activation")
 def sigmoid_bwd(dy: Tensor, y: Tensor) -> Tensor:
     y32 = opmath(y)
-    return (opmath(dy) * y32 * (1 - y32)).to(dy.dtype)
+    return rounded(opmath(dy) * y32 * (1 - y32), dy)
 
 
 class Tanh(torch.nn.Tanh):
@@ -263,13 +263,13 @@ class TanhFunction(_FromOutput):
 
 @accelerated("activation")
 def tanh_fwd(x: Tensor) -> Tensor:
-    return _tanh(opmath(x)).to(x.dtype)
+    return rounded(_tanh(opmath(x)), x)
 
 
 @accelerated("activation")
 def tanh_bwd(dy: Tensor, y: Tensor) -> Tensor:
     y32 = opmath(y)
-    return (opmath(dy) * (1 - y32 * y32)).to(dy.dtype)
+    return rounded(opmath(dy) * (1 - y32 * y32), dy)
 
 
 class ELU(torch.nn.ELU):
@@ -383,7 +383,7 @@ def elu_bwd(dy: Tensor, x: Tensor, alpha: float, scale: float, from_output: bool
         slope = x32 + scale * alpha
     else:
         slope = scale * alpha * x32.clamp_max(0).exp()  # clamped: e^x may not overflow unused
-    return (dy32 * torch.where(x32 <= 0, slope, scale)).to(dy.dtype)  # a NaN passes dy
+    return rounded(dy32 * torch.where(x32 <= 0, slope, scale), dy)  # a NaN passes dy
 
 
 class GELU(torch.nn.GELU):
@@ -443,8 +443,8 @@ class GELUFunction(_FromInput):
 def gelu_fwd(x: Tensor, approximate: bool) -> Tensor:
     x32 = opmath(x)
     if approximate:
-        return (0.5 * x32 * (1 + _tanh(_gelu_inner(x32)))).to(x.dtype)
-    return (0.5 * x32 * (1 + (x32 * math.sqrt(0.5)).erf())).to(x.dtype)
+        return rounded(0.5 * x32 * (1 + _tanh(_gelu_inner(x32))), x)
+    return rounded(0.5 * x32 * (1 + (x32 * math.sqrt(0.5)).erf()), x)
 
 
 @accelerated("activation")
@@ -457,7 +457,7 @@ def gelu_bwd(dy: Tensor, x: Tensor, approximate: bool) -> Tensor:
     else:
         density = (-0.5 * x32 * x32).exp() / math.sqrt(2 * math.pi)
         slope = 0.5 * (1 + (x32 * math.sqrt(0.5)).erf()) + x32 * density
-    return (dy32 * slope).to(dy.dtype)
+    return rounded(dy32 * slope, dy)
 
 
 def _gelu_inner(x: Tensor) -> Tensor:
@@ -514,14 +514,14 @@ class SiLUFunction(_FromInput):
 @accelerated("activation")
 def silu_fwd(x: Tensor) -> Tensor:
     x32 = opmath(x)
-    return (x32 * _sigmoid(x32)).to(x.dtype)
+    return rounded(x32 * _sigmoid(x32), x)
 
 
 @accelerated("activation")
 def silu_bwd(dy: Tensor, x: Tensor) -> Tensor:
     x32 = opmath(x)
     s = _sigmoid(x32)
-    return (opmath(dy) * s * (1 + x32 * (1 - s))).to(dy.dtype)
+    return rounded(opmath(dy) * s * (1 + x32 * (1 - s)), dy)
 
 
 class Softplus(torch.nn.Softplus):
@@ -577,13 +577,13 @@ class SoftplusFunction(_FromInput):
 def softplus_fwd(x: Tensor, beta: float, threshold: float) -> Tensor:
     x32 = opmath(x)
     z = x32 * beta
-    return torch.where(z > threshold, x32, z.exp().log1p() / beta).to(x.dtype)
+    return rounded(torch.where(z > threshold, x32, z.exp().log1p() / beta), x)
 
 
 @accelerated("activation")
 def softplus_bwd(dy: Tensor, x: Tensor, beta: float, threshold: float) -> Tensor:
     dy32, z = opmath(dy), opmath(x) * beta
-    return torch.where(z > threshold, dy32, dy32 * _sigmoid(z)).to(dy.dtype)
+    return rounded(torch.where(z > threshold, dy32, dy32 * _sigmoid(z)), dy)
 
 
 def _sigmoid(x: Tensor) -> Tensor:
@@ -602,7 +602,7 @@ def _tanh(x: Tensor) -> Tensor:
 
 
 def _write(y: Tensor, x: Tensor, inplace: bool) -> Tensor:
-    return x.copy_(y) if inplace else y.to(x.dtype)
+    return x.copy_(y) if inplace else rounded(y, x)
 
 
 def _require_floating(name: str, input: Tensor) -> None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
-from torchref.autograd import Function, opmath
+from torchref.autograd import Function, opmath, rounded
 from torchref.dispatch import accelerated
 
 
@@ -218,7 +218,7 @@ def batch_norm_fwd(
     if running_var is not None:
         n = x.numel() // x.shape[1]
         _move(running_var, var * (n / (n - 1)) if unbiased else var, momentum)
-    return _affine(_normalized(x32, mean, rstd), weight, bias).to(x.dtype), mean, rstd
+    return rounded(_affine(_normalized(x32, mean, rstd), weight, bias), x), mean, rstd
 
 
 @accelerated("batch_norm")
@@ -240,7 +240,7 @@ def batch_norm_bwd(
         n = max(x.numel() // max(x.shape[1], 1), 1)
         slope = rstd if weight is None else rstd * opmath(weight)
         inner = dy32 - _channels(dbias / n, x) - xhat * _channels(dweight / n, x)
-        dx = (_channels(slope, x) * inner).to(x.dtype)
+        dx = rounded(_channels(slope, x) * inner, x)
     return dx, _cast(dweight, weight, wanted[1]), dbias if wanted[2] else None
 
 
@@ -283,7 +283,7 @@ def batch_norm_eval_fwd(
 ) -> Tensor:
     rstd = (opmath(running_var) + eps).rsqrt()
     xhat = _normalized(opmath(x), opmath(running_mean), rstd)
-    return _affine(xhat, weight, bias).to(x.dtype)
+    return rounded(_affine(xhat, weight, bias), x)
 
 
 @accelerated("batch_norm")
@@ -303,7 +303,7 @@ def batch_norm_eval_bwd(
     dx = dweight = None
     if wanted[0]:
         slope = rstd if weight is None else rstd * opmath(weight)
-        dx = (dy32 * _channels(slope, x)).to(x.dtype)
+        dx = rounded(dy32 * _channels(slope, x), x)
     if wanted[1]:
         dweight = (dy32 * _normalized(opmath(x), opmath(running_mean), rstd)).sum(dims)
     return dx, _cast(dweight, weight, wanted[1]), dy32.sum(dims) if wanted[2] else None
@@ -337,7 +337,7 @@ def _move(running: Tensor, batch: Tensor, momentum: float) -> None:
 
 def _cast(gradient: Tensor | None, weight: Tensor | None, wanted: bool) -> Tensor | None:
     return (
-        gradient.to(weight.dtype)
+        rounded(gradient, weight)
         if wanted and gradient is not None and weight is not None
         else None
     )

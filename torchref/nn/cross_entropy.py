@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from torchref.autograd import Function, autocast, opmath
+from torchref.autograd import Function, autocast, opmath, rounded
 from torchref.dispatch import accelerated, reads_values
 from torchref.nn.loss import checked_reduction, require_constant
 
@@ -153,7 +153,7 @@ def cross_entropy_fwd(
         loss = loss.sum() / total
     elif reduction == "sum":
         loss = loss.sum()
-    return loss.to(x.dtype), row_max, log_sum, total
+    return rounded(loss, x), row_max, log_sum, total
 
 
 @accelerated("cross_entropy")
@@ -179,7 +179,7 @@ def cross_entropy_bwd(
         dx = (1 - smoothing) * dx + smoothing / x.shape[dim] * smooth
     # The upstream gradient goes on in float32: rounded first, fp16 gradients would vanish.
     dx = dx * _row_gradient(dy, total, reduction, dim)
-    return torch.where(kept.unsqueeze(dim), dx, 0).to(x.dtype)
+    return rounded(torch.where(kept.unsqueeze(dim), dx, 0), x)
 
 
 class ProbabilityCrossEntropyFunction(Function):
@@ -226,7 +226,7 @@ def probability_cross_entropy_fwd(
         loss = loss.sum() / loss.numel()
     elif reduction == "sum":
         loss = loss.sum()
-    return loss.to(x.dtype), row_max, log_sum
+    return rounded(loss, x), row_max, log_sum
 
 
 @accelerated("cross_entropy")
@@ -243,7 +243,7 @@ def probability_cross_entropy_bwd(
     x32, dim = opmath(x), _class_dim(x)
     wt = _weighted(_smoothed(target, smoothing, dim), weight)
     dx = _log_p(x32, row_max, log_sum).exp() * wt.sum(dim, keepdim=True) - wt
-    return (dx * _row_gradient(dy, row_max.numel(), reduction, dim)).to(x.dtype)
+    return rounded(dx * _row_gradient(dy, row_max.numel(), reduction, dim), x)
 
 
 @accelerated("cross_entropy")
@@ -261,7 +261,7 @@ def probability_cross_entropy_target_bwd(
     if smoothing is not None:
         dtarget = (1 - smoothing) * dtarget
     dtarget = dtarget * _row_gradient(dy, row_max.numel(), reduction, _class_dim(x))
-    return dtarget.to(target.dtype)
+    return rounded(dtarget, target)
 
 
 class NLLLoss(torch.nn.NLLLoss):
@@ -353,7 +353,7 @@ def nll_loss_fwd(
         loss = loss.sum() / total
     elif reduction == "sum":
         loss = loss.sum()
-    return loss.to(x.dtype), total
+    return rounded(loss, x), total
 
 
 @accelerated("cross_entropy")
@@ -369,7 +369,7 @@ def nll_loss_bwd(
     dim = _class_dim(x)
     kept, index, row_weight = _rows(opmath(x), target, weight, ignore_index)
     dx = -row_weight.unsqueeze(dim) * _row_gradient(dy, total, reduction, dim)
-    return torch.where(kept.unsqueeze(dim) & _one_hot(index, x), dx, 0).to(x.dtype)
+    return rounded(torch.where(kept.unsqueeze(dim) & _one_hot(index, x), dx, 0), x)
 
 
 def _class_dim(x: Tensor) -> int:

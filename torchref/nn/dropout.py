@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from torchref.autograd import Function, opmath, traces_in_place
+from torchref.autograd import Function, opmath, rounded, traces_in_place
 from torchref.dispatch import accelerated
 
 
@@ -126,13 +126,13 @@ def dropout_fwd(x: Tensor, p: float, keep: float, inplace: bool) -> tuple[Tensor
     """The output, and what backward needs to know which elements were dropped."""
     mask = _mask(x, p)
     y = opmath(x) * (mask.to(opmath(x).dtype) / keep)
-    return (x.copy_(y) if inplace else y.to(x.dtype)), mask
+    return (x.copy_(y) if inplace else rounded(y, x)), mask
 
 
 @accelerated("dropout")
 def dropout_bwd(dy: Tensor, mask: Tensor, keep: float) -> Tensor:
     dy32 = opmath(dy)
-    return (dy32 * (mask.to(dy32.dtype) / keep)).to(dy.dtype)
+    return rounded(dy32 * (mask.to(dy32.dtype) / keep), dy)
 
 
 def _mask(x: Tensor, p: float) -> Tensor:

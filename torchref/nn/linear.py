@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from torchref.autograd import Function, autocast, opmath
+from torchref.autograd import Function, autocast, opmath, rounded
 from torchref.dispatch import accelerated
 
 
@@ -91,7 +91,7 @@ def linear_weight_bwd(dy: Tensor, x: Tensor) -> Tensor:
 
 @accelerated("linear")
 def linear_bias_bwd(dy: Tensor) -> Tensor:
-    return _rows(opmath(dy)).sum(0).to(dy.dtype)
+    return rounded(_rows(opmath(dy)).sum(0), dy)
 
 
 def _rows(x: Tensor) -> Tensor:

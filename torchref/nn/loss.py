@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction
 
-from torchref.autograd import Function, autocast, opmath
+from torchref.autograd import Function, autocast, opmath, rounded
 from torchref.dispatch import accelerated, reads_values
 
 
@@ -80,14 +80,14 @@ class MSELossFunction(Function):
 @accelerated("loss")
 def mse_loss_fwd(x: Tensor, target: Tensor, reduction: str) -> Tensor:
     difference = opmath(x) - opmath(target)
-    return reduced(difference * difference, reduction).to(x.dtype)
+    return rounded(reduced(difference * difference, reduction), x)
 
 
 @accelerated("loss")
 def mse_loss_bwd(dy: Tensor, x: Tensor, target: Tensor, reduction: str) -> Tensor:
     """The gradient for ``x``; the target's is its negative."""
     difference = opmath(x) - opmath(target)
-    return (spread(dy, x, reduction) * 2 * difference).to(x.dtype)
+    return rounded(spread(dy, x, reduction) * 2 * difference, x)
 
 
 class L1Loss(torch.nn.L1Loss):
@@ -155,14 +155,14 @@ class L1LossFunction(Function):
 
 @accelerated("loss")
 def l1_loss_fwd(x: Tensor, target: Tensor, reduction: str) -> Tensor:
-    return reduced((opmath(x) - opmath(target)).abs(), reduction).to(x.dtype)
+    return rounded(reduced((opmath(x) - opmath(target)).abs(), reduction), x)
 
 
 @accelerated("loss")
 def l1_loss_bwd(dy: Tensor, x: Tensor, target: Tensor, reduction: str) -> Tensor:
     """The gradient for ``x``; the target's is its negative."""
     sign = (opmath(x) - opmath(target)).sign()
-    return (spread(dy, x, reduction) * sign).to(x.dtype)
+    return rounded(spread(dy, x, reduction) * sign, x)
 
 
 class BCELoss(torch.nn.BCELoss):
@@ -260,7 +260,7 @@ def bce_loss_fwd(x: Tensor, target: Tensor, weight: Tensor | None, reduction: st
     x32, t32 = opmath(x), opmath(target)
     log_x, log_rest = x32.log().clamp_min(-100), (-x32).log1p().clamp_min(-100)
     loss = (t32 - 1) * log_rest - t32 * log_x
-    return reduced(_weighted(loss, weight), reduction).to(x.dtype)
+    return rounded(reduced(_weighted(loss, weight), reduction), x)
 
 
 @accelerated("loss")
@@ -269,7 +269,7 @@ def bce_loss_bwd(
 ) -> Tensor:
     x32 = opmath(x)
     slope = (x32 - opmath(target)) / ((1 - x32) * x32).clamp_min(1e-12)
-    return (spread(dy, x, reduction) * _weighted(slope, weight)).to(x.dtype)
+    return rounded(spread(dy, x, reduction) * _weighted(slope, weight), x)
 
 
 @accelerated("loss")
@@ -278,7 +278,7 @@ def bce_loss_target_bwd(
 ) -> Tensor:
     x32 = opmath(x)
     slope = (-x32).log1p() - x32.log()
-    return (spread(dy, x, reduction) * _weighted(slope, weight)).to(target.dtype)
+    return rounded(spread(dy, x, reduction) * _weighted(slope, weight), target)
 
 
 class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
@@ -384,7 +384,7 @@ def bce_with_logits_loss_fwd(
     x32, t32 = opmath(x), opmath(target)
     positive = _positive_weight(t32, pos_weight)  # 1 + (p - 1) t
     loss = (1 - t32) * x32 + positive * _softplus_of_minus(x32)
-    return reduced(_weighted(loss, weight), reduction).to(x.dtype)
+    return rounded(reduced(_weighted(loss, weight), reduction), x)
 
 
 @accelerated("loss")
@@ -403,7 +403,7 @@ def bce_with_logits_loss_bwd(
         slope = sigmoid - t32
     else:
         slope = _positive_weight(t32, pos_weight) * sigmoid - opmath(pos_weight) * t32
-    return (spread(dy, x, reduction) * _weighted(slope, weight)).to(x.dtype)
+    return rounded(spread(dy, x, reduction) * _weighted(slope, weight), x)
 
 
 @accelerated("loss")
@@ -418,7 +418,7 @@ def bce_with_logits_loss_target_bwd(
     slope = -opmath(x)
     if pos_weight is not None:
         slope = slope + (opmath(pos_weight) - 1) * _softplus_of_minus(opmath(x))
-    return (spread(dy, x, reduction) * _weighted(slope, weight)).to(target.dtype)
+    return rounded(spread(dy, x, reduction) * _weighted(slope, weight), target)
 
 
 def _positive_weight(target: Tensor, pos_weight: Tensor | None) -> Tensor:

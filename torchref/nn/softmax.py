@@ -5,7 +5,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from torchref.autograd import Function, autocast, opmath
+from torchref.autograd import Function, autocast, opmath, rounded
 from torchref.dispatch import accelerated
 
 
@@ -80,13 +80,13 @@ def softmax_fwd(x: Tensor, dim: int) -> Tensor:
         return torch.empty_like(x)
     x32 = opmath(x)
     e = (x32 - x32.amax(dim, keepdim=True)).exp()
-    return (e / e.sum(dim, keepdim=True)).to(x.dtype)
+    return rounded(e / e.sum(dim, keepdim=True), x)
 
 
 @accelerated("softmax")
 def softmax_bwd(dy: Tensor, y: Tensor, dim: int) -> Tensor:
     dy32, y32 = opmath(dy), opmath(y)
-    return (y32 * (dy32 - (dy32 * y32).sum(dim, keepdim=True))).to(y.dtype)
+    return rounded(y32 * (dy32 - (dy32 * y32).sum(dim, keepdim=True)), y)
 
 
 def log_softmax(
@@ -144,13 +144,13 @@ def log_softmax_fwd(x: Tensor, dim: int) -> Tensor:
         return torch.empty_like(x)
     x32 = opmath(x)
     shifted = x32 - x32.amax(dim, keepdim=True)
-    return (shifted - shifted.exp().sum(dim, keepdim=True).log()).to(x.dtype)
+    return rounded(shifted - shifted.exp().sum(dim, keepdim=True).log(), x)
 
 
 @accelerated("softmax")
 def log_softmax_bwd(dy: Tensor, y: Tensor, dim: int) -> Tensor:
     dy32 = opmath(dy)
-    return (dy32 - opmath(y).exp() * dy32.sum(dim, keepdim=True)).to(y.dtype)
+    return rounded(dy32 - opmath(y).exp() * dy32.sum(dim, keepdim=True), y)
 
 
 def _prepared(name: str, input: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:

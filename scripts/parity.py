@@ -31,11 +31,11 @@ def cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(shape) * scale).to(device, dtype).requires_grad_()
 
-    def both(name: str, *inputs: Any, **kwargs: Any) -> Case:
+    def both(name: str, *inputs: Any, train: bool = True, note: str = "", **kwargs: Any) -> Case:
         pair = [getattr(library.nn, name)(**kwargs) for library in (torchref, torch)]
-        ours, theirs = (module.to(device, dtype) for module in pair)
+        ours, theirs = (module.to(device, dtype).train(train) for module in pair)
         shown = ", ".join(f"{k}={v}" for k, v in kwargs.items() if not isinstance(v, Tensor))
-        return f"{name}({shown})", ours, theirs, inputs
+        return f"{name}({shown}){note}", ours, theirs, inputs
 
     x, rows = draw(64, 1000, scale=4.0), draw(512, 100)
     for name in ("ReLU", "LeakyReLU", "Sigmoid", "Tanh", "ELU", "SELU", "GELU", "SiLU", "Softplus"):
@@ -59,10 +59,8 @@ def cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
     yield both("BatchNorm1d", rows, num_features=100)
     yield both("BatchNorm2d", images, num_features=16)
     nhwc = images.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
-    name, ours, theirs, inputs = both("BatchNorm2d", nhwc, num_features=16)
-    yield "BatchNorm2d(channels_last)", ours, theirs, inputs
-    name, ours, theirs, inputs = both("BatchNorm2d", images, num_features=16)
-    yield "BatchNorm2d(eval)", ours.eval(), theirs.eval(), inputs
+    yield both("BatchNorm2d", nhwc, num_features=16, note=" channels_last")
+    yield both("BatchNorm2d", images, num_features=16, train=False, note=" eval")
     yield both("BatchNorm3d", draw(4, 8, 3, 5, 5), num_features=8)
     if device == "cpu":  # elsewhere the masks differ, as torch's do between devices
         yield both("Dropout", x, p=0.3)

@@ -153,7 +153,8 @@ def accelerated(module: str) -> Callable[[F], F]:
 
 def differentiates_forward() -> bool:
     """Whether torch itself must see primitive operations: under forward-mode AD and jit.trace."""
-    return forward_ad._current_level >= 0 or torch.jit.is_tracing()
+    tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    return tracing or forward_ad._current_level >= 0
 
 
 def is_plain(args: tuple[Any, ...]) -> bool:

@@ -267,7 +267,9 @@ class BatchNormEvalFunction(Function):
     @staticmethod
     def backward(ctx, dy):
         wanted = tuple(ctx.needs_input_grad[:3])
-        dx, dweight, dbias = batch_norm_eval_bwd(dy, *ctx.saved_tensors, ctx.eps, wanted)
+        x, weight, running_mean, running_var = ctx.saved_tensors
+        saved = (x, weight, running_mean, running_var, ctx.eps)
+        dx, dweight, dbias = batch_norm_eval_bwd(dy, *saved, wanted)
         dbias = None if dbias is None else dbias.to(ctx.bias_dtype)
         return dx, dweight, dbias, None, None, None
 

@@ -73,8 +73,8 @@ class MSELossFunction(Function):
 
     @staticmethod
     def backward(ctx, dy):
-        dx = mse_loss_bwd(dy, *ctx.saved_tensors, ctx.reduction)
-        return _pair(ctx, dx)
+        x, target = ctx.saved_tensors
+        return _pair(ctx, mse_loss_bwd(dy, x, target, ctx.reduction))
 
 
 @accelerated("loss")
@@ -149,8 +149,8 @@ class L1LossFunction(Function):
 
     @staticmethod
     def backward(ctx, dy):
-        dx = l1_loss_bwd(dy, *ctx.saved_tensors, ctx.reduction)
-        return _pair(ctx, dx)
+        x, target = ctx.saved_tensors
+        return _pair(ctx, l1_loss_bwd(dy, x, target, ctx.reduction))
 
 
 @accelerated("loss")
@@ -249,9 +249,10 @@ class BCELossFunction(Function):
     @staticmethod
     def backward(ctx, dy):
         wants_x, wants_target = ctx.needs_input_grad[:2]
-        saved = ctx.saved_tensors
-        dx = bce_loss_bwd(dy, *saved, ctx.reduction) if wants_x else None
-        dtarget = bce_loss_target_bwd(dy, *saved, ctx.reduction) if wants_target else None
+        x, target, weight = ctx.saved_tensors
+        saved = (x, target, weight, ctx.reduction)
+        dx = bce_loss_bwd(dy, *saved) if wants_x else None
+        dtarget = bce_loss_target_bwd(dy, *saved) if wants_target else None
         return dx, dtarget, None, None
 
 
@@ -368,12 +369,10 @@ class BCEWithLogitsLossFunction(Function):
     @staticmethod
     def backward(ctx, dy):
         wants_x, wants_target = ctx.needs_input_grad[:2]
-        saved = ctx.saved_tensors
-        dx = dtarget = None
-        if wants_x:
-            dx = bce_with_logits_loss_bwd(dy, *saved, ctx.reduction)
-        if wants_target:
-            dtarget = bce_with_logits_loss_target_bwd(dy, *saved, ctx.reduction)
+        x, target, weight, pos_weight = ctx.saved_tensors
+        saved = (x, target, weight, pos_weight, ctx.reduction)
+        dx = bce_with_logits_loss_bwd(dy, *saved) if wants_x else None
+        dtarget = bce_with_logits_loss_target_bwd(dy, *saved) if wants_target else None
         return dx, dtarget, None, None, None
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import torchref
 from torchref.training import Config, MLPClassifier, Run
 
 pytestmark = [
@@ -97,6 +98,13 @@ def test_the_twin_is_off_beside_a_compiled_network(tmp_path):
     made.model._compiled = (made.model.net,)  # without the compiler, which is not what is tested
     assert made.execute()["parity_max_loss_diff"] is None
     assert made.parity.off.startswith("a compiled network")
+
+
+def test_the_twin_is_off_where_masks_differ(tmp_path):
+    with torchref.backend("auto"):  # a run sets the backend for the process
+        made, metrics = run(tmp_path, replace(IRIS, epochs=1, backend="compiled"))
+    assert metrics["parity_max_loss_diff"] is None
+    assert made.parity.off.startswith("the compiled backend draws other")
 
 
 def test_the_twin_goes_on_in_a_resumed_run(tmp_path):

@@ -101,6 +101,14 @@ def test_inplace(name, requires_grad):
 
 
 @pytest.mark.parametrize("name", INPLACE)
+def test_inplace_on_a_view(name):
+    def f(library):
+        return lambda x: (y := x * 1, getattr(library, name)(y[:, ::2], inplace=True))[0]
+
+    assert_parity(f(ours), f(theirs), torch.randn(4, 6, requires_grad=True))
+
+
+@pytest.mark.parametrize("name", INPLACE)
 def test_inplace_double_backward(name):
     x = torch.randn(6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda x: getattr(ours, name)(x * 1, inplace=True), x)

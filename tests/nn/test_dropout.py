@@ -101,6 +101,13 @@ def test_inplace_gradient():
     )
 
 
+def test_inplace_on_a_view():
+    def f(library):
+        return lambda x: (y := x * 1, library.dropout(y[:, ::2], inplace=True))[0]
+
+    assert_parity(f(ours), f(theirs), torch.randn(4, 6, requires_grad=True))
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointing_draws_the_same_mask(use_reentrant):
     x = torch.randn(100, requires_grad=True)

@@ -28,6 +28,17 @@ def test_layouts_and_upstream_gradients():
             assert_parity(*pair, x.requires_grad_(), upstream=upstream)
 
 
+def test_sparse_input():
+    x, weight = torch.eye(4).to_sparse(), torch.randn(3, 4, requires_grad=True)
+    bias = torch.randn(3, requires_grad=True)
+    for b in (bias, None):
+        results = []
+        for library in (ours, theirs):
+            y = library.linear(x, weight, b)
+            results.append((y, torch.autograd.grad(y.sum(), weight)))
+        torch.testing.assert_close(*results)
+
+
 @pytest.mark.filterwarnings("ignore:Initializing zero-element:UserWarning")  # torch's own
 def test_no_features():
     assert_parity(nn.Linear(0, 3), torch.nn.Linear(0, 3), torch.empty(4, 0, requires_grad=True))

@@ -93,7 +93,8 @@ def dropout(
         zero = input.new_zeros(())
         return input.mul_(zero) if inplace else input * zero
     keep = 1.0 - p if scale_at == "training" else 1.0
-    if inplace and traces_in_place():
+    # A Function of two results, as this one is, may not write into a view.
+    if inplace and (traces_in_place() or input._is_view()):
         return input.copy_(DropoutFunction.call(input, float(p), keep, False)[0])
     return DropoutFunction.call(input, float(p), keep, inplace)[0]
 

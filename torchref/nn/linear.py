@@ -95,4 +95,6 @@ def linear_bias_bwd(dy: Tensor) -> Tensor:
 
 
 def _rows(x: Tensor) -> Tensor:
+    if x.ndim == 2:
+        return x  # sparse ones too
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 would not do for no features

@@ -164,6 +164,12 @@ def test_compiled_takes_many_kinds_of_input(compilations):
     assert len(compilations) > 8
 
 
+def test_compiled_on_views_whose_memory_is_not_their_value():
+    x = torch.randn(4, dtype=torch.complex64).conj().imag
+    with torchref.backend("compiled"):
+        assert torch.equal(ours.relu(x), torch.nn.functional.relu(x))
+
+
 def test_compiled_in_place():
     for name in ("relu", "leaky_relu", "elu", "selu", "silu"):
         x = torch.randn(5, requires_grad=True)

@@ -137,6 +137,29 @@ def test_the_message_names_the_worst_element():
         assert_parity(lambda x: torch.where(x.isinf(), -x, x), lambda x: x * 1, x)
 
 
+def test_complex_numbers_are_compared_whole():
+    x = torch.randn(5, dtype=torch.complex64, requires_grad=True)
+    assert_parity(lambda x: x.exp(), lambda x: x.exp(), x)
+    assert_parity(lambda x: x.sum(), lambda x: x.flip(0).sum(), x)
+    with pytest.raises(AssertionError, match="output"):
+        assert_parity(lambda x: x.conj().resolve_conj(), lambda x: x * 1, x)
+
+
+def test_what_is_left_in_the_inputs_is_compared():
+    x = torch.randn(5)
+    with pytest.raises(AssertionError, match="input 0 afterwards"):
+        assert_parity(lambda x: (x * 2, x.zero_())[0], lambda x: x * 2, x)
+    with pytest.raises(AssertionError, match="input 0 afterwards"):
+        assert_parity(ours.relu, torch.nn.functional.relu_, x)
+
+
+def test_hidden_tensors_and_other_outputs_are_refused():
+    with pytest.raises(TypeError, match="one by one"):
+        assert_parity(sum, sum, [torch.ones(2), torch.ones(2)])
+    with pytest.raises(TypeError, match="got dict"):
+        assert_parity(lambda x: {"y": x}, lambda x: {"y": x}, torch.ones(2))
+
+
 def test_inputs_and_modules_are_left_alone():
     x = torch.randn(4, 3, requires_grad=True)
     module = torchref.nn.BatchNorm1d(3)
@@ -157,6 +180,6 @@ def test_the_bound_does_not_grow_with_the_reduction():
     bounds = []
     for n in (10, 100_000):
         x = torch.ones(n)
-        (comparison,) = measure_parity(torch.sum, torch.sum, x / n)
+        comparison = measure_parity(torch.sum, torch.sum, x / n)[0]
         bounds.append(comparison.bound - 2 * comparison.their_error)
     assert bounds[0] == pytest.approx(bounds[1])

@@ -76,6 +76,24 @@ def traces_in_place() -> bool:
     )
 
 
+def refuse_leaf(input: Tensor, inplace: bool) -> None:
+    """Raise, before anything is written, where autograd would refuse after."""
+    if inplace and input.requires_grad and torch.is_grad_enabled():
+        base = input._base if input._is_view() and input._base is not None else input
+        if base.is_leaf:
+            which = "a view of a leaf" if base is not input else "a leaf"
+            raise RuntimeError(
+                f"{which} Variable that requires grad is being used in an in-place operation."
+            )
+
+
+def attached(dx: Tensor, x: Tensor) -> Tensor:
+    """``dx``, whose own gradient for ``x`` is zero, but is not missing, under ``create_graph``."""
+    if not torch.is_grad_enabled():
+        return dx
+    return torch.where(torch.ones_like(x, dtype=torch.bool), dx, x)
+
+
 def _device_type(args: tuple[Any, ...]) -> str:
     return next(arg.device.type for arg in args if isinstance(arg, Tensor))
 

@@ -162,7 +162,9 @@ def is_plain(args: tuple[Any, ...]) -> bool:
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return False
     return not differentiates_forward() and all(
-        type(arg) in (Tensor, Parameter) and torch._C._has_storage(arg)
+        type(arg) in (Tensor, Parameter)
+        and torch._C._has_storage(arg)
+        and not (arg.is_neg() or arg.is_conj())  # views whose memory is not their value
         for arg in args
         if isinstance(arg, Tensor)
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ def assert_parity(
         ours, theirs: functions, or modules. Of modules, copies are run, with ``theirs``' state
             loaded into ours; their parameters' gradients and buffers are compared as well.
         inputs: tensors or anything else, passed to both. A tensor with ``requires_grad`` has its
-            gradient compared.
+            gradient compared, and every tensor what is left in it afterwards. Tensors inside lists
+            or dicts are refused.
         upstream: the gradient of the first output; None draws one.
         strides: False lets the memory layout differ.
         seed: of torch's generator, set before each call.
@@ -61,6 +63,7 @@ def assert_parity(
 
     Raises:
         AssertionError: they differ; the message names the worst element and both values.
+        TypeError: an input hides tensors in a list, or an output is no tensor.
 
     Example:
         >>> from torchref.testing import assert_parity
@@ -95,16 +98,20 @@ def measure_parity(
         >>> x = torch.randn(8, requires_grad=True)
         >>> relu = torchref.nn.functional.relu
         >>> [c.name for c in measure_parity(relu, torch.nn.functional.relu, x)]
-        ['output', 'gradient of input 0']
+        ['output', 'input 0 afterwards', 'gradient of input 0']
     """
     if isinstance(ours, nn.Module) and isinstance(theirs, nn.Module):
         ours = copy.deepcopy(ours)
         ours.load_state_dict(theirs.state_dict())
+    for value in [*inputs, *kwargs.values()]:
+        if not isinstance(value, Tensor) and any(isinstance(x, Tensor) for x in tree_leaves(value)):
+            raise TypeError("parity: pass tensors one by one, not inside a list, tuple or dict")
     run = {"inputs": inputs, "upstream": upstream, "seed": seed, "kwargs": kwargs}
     of_ours, of_theirs = dict(_run(ours, **run)), dict(_run(theirs, **run))
     truth = dict(_run(theirs, **run, dtypes=[torch.float64]))
     errors = {name: _error(of_theirs[name], truth[name]) for name in truth}
-    if any(t is not None and t.dtype == torch.float64 for t in of_theirs.values()):
+    double = (torch.float64, torch.complex128)
+    if any(t is not None and t.dtype in double for t in of_theirs.values()):
         errors |= _float64_errors(theirs, run)
     comparisons = []
     for name in [*of_theirs, *(name for name in of_ours if name not in of_theirs)]:
@@ -121,7 +128,7 @@ def _float64_errors(theirs: Callable[..., Any], run: dict[str, Any]) -> dict[str
     return {
         name: ratio * _error(single[name], tensor)
         for name, tensor in truth.items()
-        if tensor is not None and tensor.dtype == torch.float64
+        if tensor is not None and tensor.dtype in (torch.float64, torch.complex128)
     }
 
 
@@ -137,16 +144,20 @@ def _run(
     if isinstance(function, nn.Module):
         function = copy.deepcopy(function)
         for dtype in dtypes:
-            function = function.to(dtype)
+            _convert(function, dtype)
     args = [_fresh(x, dtypes) if isinstance(x, Tensor) else x for x in inputs]
     kwargs = {k: _fresh(x, dtypes) if isinstance(x, Tensor) else x for k, x in kwargs.items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         output = function(*args, **kwargs)
         outputs = list(output) if isinstance(output, tuple | list) else [output]
+        if not all(isinstance(y, Tensor) for y in outputs):
+            raise TypeError(f"parity: expected tensors as output, got {type(output).__name__}")
         differentiable = [y for y in outputs if isinstance(y, Tensor) and y.requires_grad]
         torch.manual_seed(seed + 1)
-        gradients = [torch.randn(y.shape, dtype=torch.float64) for y in differentiable]
+        gradients = [
+            torch.randn(y.shape, dtype=_converted(y.dtype, torch.float64)) for y in differentiable
+        ]
     for number, y in enumerate(outputs):
         yield ("output" if len(outputs) == 1 else f"output {number}"), y.detach()
     if differentiable:
@@ -157,8 +168,10 @@ def _run(
             gradients[0] = upstream.to(differentiable[0].dtype)
         torch.autograd.backward(differentiable, gradients)
     for number, x in [*enumerate(args), *kwargs.items()]:
-        if isinstance(x, Tensor) and x.requires_grad:
-            yield f"gradient of input {number}", x.grad
+        if isinstance(x, Tensor):
+            yield f"input {number} afterwards", x
+            if x.requires_grad:
+                yield f"gradient of input {number}", x.grad
     if isinstance(function, nn.Module):
         for name, parameter in function.named_parameters(remove_duplicate=False):
             yield f"gradient of {name}", parameter.grad
@@ -174,9 +187,21 @@ def _fresh(x: Tensor, dtypes: Sequence[torch.dtype]) -> Tensor:
         extent = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
         memory = x.detach().as_strided((extent,), (1,)).clone()
         copied = memory.as_strided(x.shape, x.stride())
-    for dtype in dtypes if x.is_floating_point() else ():
-        copied = copied.to(dtype)
+    for dtype in dtypes:
+        copied = copied.to(_converted(copied.dtype, dtype))
     return copied.requires_grad_(x.requires_grad)
+
+
+def _converted(dtype: torch.dtype, to: torch.dtype) -> torch.dtype:
+    """``to`` for a real type, its complex type for a complex one, the same for integers."""
+    if dtype.is_complex:
+        return to.to_complex()
+    return to if dtype.is_floating_point else dtype
+
+
+def _convert(module: nn.Module, to: torch.dtype) -> None:
+    for tensor in [*module.parameters(), *module.buffers()]:
+        tensor.data = tensor.data.to(_converted(tensor.dtype, to))
 
 
 def _compare(
@@ -213,7 +238,7 @@ def _compare_values(
     name: str, ours: Tensor, theirs: Tensor, truth: Tensor, their_error: float
 ) -> Comparison:
     dtype = ours.dtype
-    ours, theirs, truth = (t.detach().cpu().to(torch.float64) for t in (ours, theirs, truth))
+    ours, theirs, truth = map(_in_float64, (ours, theirs, truth))
     finite = ours.isfinite() & truth.isfinite()  # where the dtype overflows nothing can be compared
     saved = finite & ~theirs.isfinite()  # ours may be finite where theirs overflows for no reason
     alike = (
@@ -241,15 +266,24 @@ def _compare_values(
 def _error(theirs: Tensor | None, truth: Tensor | None) -> float:
     if theirs is None or truth is None:
         return 0.0
-    difference = (theirs.detach().double() - truth.detach().double()).abs()
+    difference = (_in_float64(theirs) - _in_float64(truth)).abs()
     return _largest(torch.where(difference.isfinite(), difference, 0))
 
 
 def _floor(dtype: torch.dtype) -> float:
-    if not dtype.is_floating_point:
+    if not (dtype.is_floating_point or dtype.is_complex):
         return 0.0
     # A few roundings of an accurate order of operations; a half result is rounded once.
     return (1 if dtype.itemsize == 2 else 8) * torch.finfo(dtype).eps
+
+
+def _in_float64(x: Tensor) -> Tensor:
+    x = x.detach().cpu()
+    if x.is_sparse:
+        x = x.to_dense()
+    if x.is_complex():  # (..., 2)
+        x = torch.view_as_real(x.resolve_conj())
+    return x.double()
 
 
 def _largest(x: Tensor) -> float:

@@ -121,10 +121,22 @@ def test_inplace_without_a_gradient_says_so(name, argument):
         y.sum().backward()
 
 
-def test_inplace_on_a_leaf_raises_as_torch():
+def test_inplace_on_a_leaf_raises_before_it_writes():
     for name in INPLACE:
-        with pytest.raises(RuntimeError, match="leaf"):
-            getattr(ours, name)(torch.randn(3, requires_grad=True), inplace=True)
+        x = torch.tensor([-1.0, 2.0], requires_grad=True)
+        for leaf in (x, x[:]):
+            with pytest.raises(RuntimeError, match="a leaf Variable that requires grad"):
+                getattr(ours, name)(leaf, inplace=True)
+        assert x.tolist() == [-1.0, 2.0]
+
+
+@pytest.mark.parametrize("name", ["relu", "leaky_relu"])
+def test_second_gradients_that_are_zero_are_there(name):
+    x = torch.tensor([-1.0, float("nan"), float("inf"), 2.0], requires_grad=True)
+    for library in (ours, theirs):
+        (dx,) = torch.autograd.grad(getattr(library, name)(x).sum(), x, create_graph=True)
+        (ddx,) = torch.autograd.grad(dx.sum(), x)
+        assert ddx.tolist() == [0.0] * 4
 
 
 def test_integers():
@@ -161,9 +173,19 @@ def test_modules_pass_their_arguments():
         assert getattr(nn, name)(inplace=True)(y) is y
 
 
+@pytest.mark.parametrize("name", SIMPLE)
+def test_second_derivatives_at_the_boundaries(name):
+    x = torch.tensor([0.0, -0.0, 100.0, -100.0, 25.0])
+    if name in ("elu", "selu"):
+        x = x[2:]  # at 0 it jumps, and forward mode takes the other side than torch
+    functions = [getattr(library, name) for library in (ours, theirs)]
+    hessians = [torch.func.hessian(lambda x, f=f: f(x).sum())(x) for f in functions]
+    torch.testing.assert_close(*hessians, rtol=1e-5, atol=1e-6)
+
+
 def test_forward_mode_at_the_boundaries():
     x = torch.tensor([0.0, -0.0, 1e4, -1e4], dtype=torch.float32)
-    for name in ("sigmoid", "tanh", "silu", "softplus", "gelu"):
+    for name in SIMPLE:
         tangents = [
             torch.func.jvp(getattr(library, name), (x,), (torch.ones(4),))[1]
             for library in (ours, theirs)

@@ -101,7 +101,7 @@ def test_upstream_gradients_of_any_layout(layout):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4), (4, 3, 0)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4), (4, 3, 0), (1, 3, 0)], ids=str)
 def test_an_empty_batch_leaves_the_statistics(shape, training):
     pair = [m.train(training) for m in modules("BatchNorm1d", 3)]
     assert_parity(*pair, torch.empty(shape, requires_grad=True))

@@ -118,6 +118,14 @@ def test_strided_logits_and_byte_targets():
     assert_parity(ours.cross_entropy, theirs.cross_entropy, x, indices(x, False).byte())
 
 
+def test_byte_targets_are_numbers():
+    x = torch.randn(3, 300)
+    target = torch.tensor([156, 15, 255], dtype=torch.uint8)  # 156 is -100 as a byte
+    assert_parity(ours.cross_entropy, theirs.cross_entropy, x, target.long())
+    expected = theirs.cross_entropy(x, target.long())
+    torch.testing.assert_close(ours.cross_entropy(x, target), expected)
+
+
 def test_legacy_reduction_arguments():
     x, target = logits(4, 3), torch.tensor([0, 1, 2, 0])
     for legacy in ({"size_average": False}, {"reduce": False}):

@@ -114,6 +114,23 @@ def test_initialize_matches_the_activation_that_follows():
     assert torch.equal(model[1].weight, torch.ones(400))
 
 
+def test_initialize_sees_through_parametrizations():
+    layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(300, 200))
+    init.initialize(torch.nn.Sequential(layer, torch.nn.ReLU()))
+    assert layer.weight.var().item() == pytest.approx(2 / 300, rel=0.05)
+    attention = torch.nn.MultiheadAttention(8, 2)
+    before = attention.out_proj.weight.clone()
+    assert init.initialize(attention) == {}
+    assert torch.equal(attention.out_proj.weight, before)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+def test_initialize_refuses_the_old_weight_norm():
+    model = torch.nn.Sequential(torch.nn.utils.weight_norm(torch.nn.Linear(3, 2)))
+    with pytest.raises(ValueError, match="initialize: 0 has torch.nn.utils.weight_norm"):
+        init.initialize(model)
+
+
 @pytest.mark.parametrize("method", sorted(init.METHODS))
 def test_initialize_by_one_method(method):
     model = torch.nn.Sequential(

@@ -28,6 +28,30 @@ def test_layouts_and_upstream_gradients():
             assert_parity(*pair, x.requires_grad_(), upstream=upstream)
 
 
+@pytest.mark.parametrize("shape", [(2, 3), (3,), (2, 5, 3)], ids=str)
+def test_the_output_can_be_changed_in_place(shape):
+    """It is no view: nothing is more common than a ReLU(inplace=True) after it."""
+    for then in (torch.nn.ReLU(inplace=True), nn.ReLU(inplace=True), nn.Dropout(inplace=True)):
+        pair = [torch.nn.Sequential(m.Linear(3, 4), then) for m in (nn, torch.nn)]
+        assert_parity(*pair, torch.randn(shape, requires_grad=True))
+
+
+def test_complex():
+    pair = [m.Linear(7, 5, dtype=torch.complex64) for m in (nn, torch.nn)]
+    assert_parity(*pair, torch.randn(4, 7, dtype=torch.complex64, requires_grad=True))
+
+
+def test_what_needs_no_gradient_may_change_before_backward():
+    for frozen in ("x", "weight"):
+        x, weight = torch.randn(4, 3) * 1, torch.randn(2, 3) * 1
+        (weight if frozen == "x" else x).requires_grad_()
+        h, w = x * 1, weight * 1
+        y = ours.linear(h, w)
+        (w if frozen == "x" else h).detach().add_(1)
+        (h if frozen == "weight" else w).add_(1)
+        y.sum().backward()
+
+
 def test_sparse_input():
     x, weight = torch.eye(4).to_sparse(), torch.randn(3, 4, requires_grad=True)
     bias = torch.randn(3, requires_grad=True)

@@ -95,6 +95,13 @@ def test_extreme_scores_and_probabilities():
     assert_parity(getattr(ours, BCE), getattr(theirs, BCE), p, target, reduction="none")
 
 
+def test_forward_mode_at_certain_probabilities():
+    p, target = torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0])
+    for library in (ours, theirs):
+        f = lambda p, library=library: library.binary_cross_entropy(p, target)  # noqa: E731
+        assert torch.func.jvp(f, (p,), (torch.ones(2),))[1] == 0
+
+
 def test_the_courses_half_squared_error():
     """The course's single neuron: L = (y - yhat)^2 / 2 with yhat = sigmoid(wx + b)."""
     x, y = torch.tensor(2.0), torch.tensor(1.0)

@@ -5,8 +5,16 @@ import math
 import torch
 from torch import Tensor
 
-from torchref.autograd import Function, autocast, opmath, rounded, traces_in_place
-from torchref.dispatch import accelerated
+from torchref.autograd import (
+    Function,
+    attached,
+    autocast,
+    opmath,
+    refuse_leaf,
+    rounded,
+    traces_in_place,
+)
+from torchref.dispatch import accelerated, differentiates_forward
 
 # Klambauer et al., 2017: with these, mean 0 and variance 1 are a fixed point.
 SELU_ALPHA = 1.6732632423543772848170429916717
@@ -69,8 +77,12 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
         raise RuntimeError("relu: expected a number `input`, got torch.bool")
     if input.is_complex():
         raise NotImplementedError(f"relu: expected a real `input`, got {input.dtype}")
+    if differentiates_forward():  # torch gives clamp a slope of 1 at 0
+        y = torch.where(input <= 0, 0, input)
+        return input.copy_(y) if inplace else y
     if inplace and traces_in_place():
         return input.copy_(relu(input))
+    refuse_leaf(input, inplace)
     return ReLUFunction.call(input, inplace)
 
 
@@ -82,7 +94,7 @@ class ReLUFunction(_FromOutput):
     @staticmethod
     def backward(ctx, dy):
         (y,) = ctx.saved_tensors
-        return relu_bwd(dy, y), None
+        return attached(relu_bwd(dy, y), y), None
 
 
 @accelerated("activation")
@@ -132,6 +144,7 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
     _require_floating("leaky_relu", input)
     if inplace and traces_in_place():
         return input.copy_(leaky_relu(input.clone(), negative_slope))
+    refuse_leaf(input, inplace)
     return LeakyReLUFunction.call(input, negative_slope, inplace)
 
 
@@ -149,7 +162,7 @@ class LeakyReLUFunction(_FromInput):
                 "leaky_relu: `inplace` has no gradient for a negative `negative_slope`, "
                 f"got {negative_slope}"
             )
-        return leaky_relu_bwd(dy, x, negative_slope), None, None
+        return attached(leaky_relu_bwd(dy, x, negative_slope), x), None, None
 
 
 @accelerated("activation")
@@ -350,6 +363,7 @@ def _elu(name: str, input: Tensor, alpha: float, scale: float, inplace: bool) ->
     _require_floating(name, input)
     if inplace and traces_in_place():
         return input.copy_(ELUFunction.call(input.clone(), alpha, scale, False))
+    refuse_leaf(input, inplace)
     return ELUFunction.call(input, alpha, scale, inplace)
 
 
@@ -372,7 +386,8 @@ class ELUFunction(_FromInput):
 @accelerated("activation")
 def elu_fwd(x: Tensor, alpha: float, scale: float, inplace: bool) -> Tensor:
     x32 = opmath(x)
-    return _write(torch.where(x32 > 0, x32, alpha * x32.expm1()) * scale, x, inplace)
+    below = torch.where(x32 > 0, 0, x32)  # where it is not used e^x may not overflow
+    return _write(torch.where(x32 > 0, x32, alpha * below.expm1()) * scale, x, inplace)
 
 
 @accelerated("activation")
@@ -382,7 +397,7 @@ def elu_bwd(dy: Tensor, x: Tensor, alpha: float, scale: float, from_output: bool
     if from_output:
         slope = x32 + scale * alpha
     else:
-        slope = scale * alpha * x32.clamp_max(0).exp()  # clamped: e^x may not overflow unused
+        slope = scale * alpha * torch.where(x32 < 0, x32, 0).exp()
     return rounded(dy32 * torch.where(x32 <= 0, slope, scale), dy)  # a NaN passes dy
 
 
@@ -577,7 +592,8 @@ class SoftplusFunction(_FromInput):
 def softplus_fwd(x: Tensor, beta: float, threshold: float) -> Tensor:
     x32 = opmath(x)
     z = x32 * beta
-    return rounded(torch.where(z > threshold, x32, z.exp().log1p() / beta), x)
+    below = torch.where(z > threshold, 0, z)  # where it is not used e^z may not overflow
+    return rounded(torch.where(z > threshold, x32, below.exp().log1p() / beta), x)
 
 
 @accelerated("activation")

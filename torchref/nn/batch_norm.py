@@ -1,5 +1,7 @@
 """Batch normalization over every dimension but the second."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
@@ -387,7 +389,7 @@ def _check(
             raise RuntimeError(f"batch_norm: expected `{argument}` at inference, got None")
     if eps < 0 or (training and eps == 0):
         raise ValueError(f"batch_norm: expected a positive `eps`, got {eps}")
-    if training and input.numel() == channels:
+    if training and input.shape[0] * math.prod(input.shape[2:]) == 1:
         raise ValueError(
             "batch_norm: expected more than 1 value per channel when training, got `input` of "
             f"shape {tuple(input.shape)}"

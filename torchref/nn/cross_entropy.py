@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from torchref.autograd import Function, autocast, opmath, rounded
+from torchref.autograd import Function, attached, autocast, opmath, rounded
 from torchref.dispatch import accelerated, reads_values
 from torchref.nn.loss import checked_reduction, require_constant
 
@@ -91,7 +91,7 @@ def cross_entropy(
         function, rest = ProbabilityCrossEntropyFunction, (weight, reduction, smoothing)
         return function.call(input.to(dtype), target.to(dtype), *rest)[0]
     input, weight = autocast(name, input, weight)
-    _check_indices(name, input, target, weight, ignore_index)
+    target = _checked_indices(name, input, target, weight, ignore_index)
     return CrossEntropyFunction.call(input, target, weight, reduction, ignore_index, smoothing)[0]
 
 
@@ -314,7 +314,7 @@ def nll_loss(
     if not input.is_floating_point():
         raise NotImplementedError(f"{name}: expected a floating point `input`, got {input.dtype}")
     input, weight = autocast(name, input, weight)
-    _check_indices(name, input, target, weight, ignore_index)
+    target = _checked_indices(name, input, target, weight, ignore_index)
     return NLLLossFunction.call(input, target, weight, reduction, ignore_index)[0]
 
 
@@ -336,7 +336,9 @@ class NLLLossFunction(Function):
     def backward(ctx, dy, *_):
         if dy is None:
             return (None,) * 5
-        return nll_loss_bwd(dy, *ctx.saved_tensors, *ctx.options), None, None, None, None
+        x, target, weight, total = ctx.saved_tensors
+        dx = nll_loss_bwd(dy, x, target, weight, total, *ctx.options)
+        return attached(dx, x), None, None, None, None
 
 
 @accelerated("cross_entropy")
@@ -393,7 +395,7 @@ def _rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of each row: whether it counts, a class that exists even where it does not, its weight."""
     kept = target != ignore_index
-    index = torch.where(kept, target, 0).long()
+    index = torch.where(kept, target, 0)
     if weight is None:
         return kept, index, kept.to(x.dtype)
     return kept, index, torch.where(kept, opmath(weight)[index], 0)
@@ -450,9 +452,9 @@ def _check_probabilities(
     _check_weight(name, input.shape[_class_dim(input)], input, weight)
 
 
-def _check_indices(
+def _checked_indices(
     name: str, input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
-) -> None:
+) -> Tensor:
     if input.ndim == 0:
         raise ValueError(f"{name}: expected `input` with a class dimension, got a 0-dim tensor")
     dim = _class_dim(input)
@@ -467,6 +469,7 @@ def _check_indices(
         raise RuntimeError(
             f"{name}: expected `target` of type torch.int64 or torch.uint8, got {target.dtype}"
         )
+    target = target.long()  # compared as bytes, -100 would be class 156
     classes = input.shape[dim]
     _check_weight(name, classes, input, weight)
     if reads_values(input, target):
@@ -476,3 +479,4 @@ def _check_indices(
                 f"{name}: expected every `target` in [0, {classes - 1}] or {ignore_index}, "
                 f"got {int(bad[0])}"
             )
+    return target

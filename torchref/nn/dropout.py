@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from torchref.autograd import Function, opmath, rounded, traces_in_place
+from torchref.autograd import Function, opmath, refuse_leaf, rounded, traces_in_place
 from torchref.dispatch import accelerated
 
 
@@ -92,6 +92,7 @@ def dropout(
     if p == 1:  # times 0, so that a NaN stays one
         zero = input.new_zeros(())
         return input.mul_(zero) if inplace else input * zero
+    refuse_leaf(input, inplace)
     keep = 1.0 - p if scale_at == "training" else 1.0
     # A Function of two results, as this one is, may not write into a view.
     if inplace and (traces_in_place() or input._is_view()):

@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 _CONVOLUTIONS = tuple(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3))
 
@@ -153,8 +154,7 @@ def kaiming_uniform_(
         W \sim \mathcal{U}(-b, b), \quad b = \text{gain} \sqrt{\frac{3}{n}}
 
     Args:
-        tensor: at least 2 dimensions, (out, in, ...). Without elements: left as it is, with a
-            warning from torch's fill.
+        tensor: at least 2 dimensions, (out, in, ...).
         a: the slope of the leaky ReLU that follows.
         mode: ``"fan_in"`` keeps the variance forward, ``"fan_out"`` backward.
         nonlinearity: what follows; see :func:`calculate_gain`.
@@ -268,7 +268,7 @@ def initialize(model: nn.Module, method: str = "auto") -> dict[str, str]:
         The method used for each layer, by the layer's name in ``model.named_modules()``.
 
     Raises:
-        ValueError: an unknown ``method``.
+        ValueError: an unknown ``method``, or a layer under the old ``weight_norm``.
 
     Example:
         >>> model = torch.nn.Sequential(
@@ -286,20 +286,29 @@ def initialize(model: nn.Module, method: str = "auto") -> dict[str, str]:
     modules = list(model.named_modules())
     used = {}
     for position, (name, layer) in enumerate(modules):
-        if not isinstance(layer, _LAYERS):
+        if not isinstance(layer, _LAYERS) or isinstance(layer, _ATTENTION_PROJECTION):
             continue
+        if hasattr(layer, "weight_g"):
+            raise ValueError(
+                f"initialize: {name} has torch.nn.utils.weight_norm, which overwrites its weight; "
+                "use torch.nn.utils.parametrizations.weight_norm"
+            )
         activation = _activation_after(position, modules)
         used[name] = _method_for(activation) if method == "auto" else method
+        weight = layer.weight.detach()
         if method == "auto" and isinstance(activation, nn.LeakyReLU):
-            kaiming_normal_(layer.weight, a=activation.negative_slope)
+            kaiming_normal_(weight, a=activation.negative_slope)
         else:
-            METHODS[used[name]](layer.weight)
+            METHODS[used[name]](weight)
+        if is_parametrized(layer, "weight"):
+            layer.weight = weight  # through the parametrization, back to what it is made of
         if layer.bias is not None:
             zeros_(layer.bias)
     return used
 
 
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+_ATTENTION_PROJECTION = nn.modules.linear.NonDynamicallyQuantizableLinear
 _RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Softplus)
 _SATURATING = (nn.Sigmoid, nn.Tanh, nn.Softmax, nn.LogSoftmax)
 
@@ -320,9 +329,9 @@ def _method_for(activation: nn.Module | None) -> str:
 
 
 def _kaiming_std(name: str, tensor: Tensor, a: float, mode: str, nonlinearity: str) -> float:
-    if mode not in ("fan_in", "fan_out"):
+    if mode.lower() not in ("fan_in", "fan_out"):
         raise ValueError(f'{name}: expected `mode` "fan_in" or "fan_out", got {mode!r}')
-    fan = _fans(name, tensor)[mode == "fan_out"]
+    fan = _fans(name, tensor)[mode.lower() == "fan_out"]
     return calculate_gain(nonlinearity, a) / math.sqrt(max(fan, 1))
 
 

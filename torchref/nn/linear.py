@@ -52,7 +52,11 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             f"linear: expected `input` of shape (..., {weight.shape[1]}) for `weight` of shape "
             f"{tuple(weight.shape)}, got {tuple(input.shape)}"
         )
-    return LinearFunction.call(input, weight, bias)
+    # The Function sees rows and returns them: a reshape inside it would make its result a view,
+    # which nothing could then change in place.
+    rows = input if input.ndim == 2 else _rows(input)
+    y = LinearFunction.call(rows, weight, bias)
+    return y if input.ndim == 2 else y.reshape(*input.shape[:-1], weight.shape[0])
 
 
 class LinearFunction(Function):
@@ -63,38 +67,30 @@ class LinearFunction(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, weight, _ = inputs
-        ctx.save_for_backward(x, weight)
+        wants_x, wants_weight, _ = ctx.needs_input_grad  # the other of the two may then change
+        ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)
 
     @staticmethod
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
-        dx = dy @ weight if wants_x else None
-        dweight = linear_weight_bwd(dy, x) if wants_weight else None
+        dx = dy @ weight.conj() if wants_x else None
+        dweight = dy.t() @ x.conj() if wants_weight else None
         dbias = linear_bias_bwd(dy) if wants_bias else None
         return dx, dweight, dbias
 
 
 # The products stay the library's (cuBLAS, MKL): no kernel of ours would beat them.
 def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    rows = _rows(x)
     if bias is None:
-        y = rows @ weight.t()
-    else:
-        y = torch.addmm(bias, rows, weight.t())  # one rounding for half types
-    return y.reshape(*x.shape[:-1], weight.shape[0])
-
-
-def linear_weight_bwd(dy: Tensor, x: Tensor) -> Tensor:
-    return _rows(dy).t() @ _rows(x)
+        return x @ weight.t()
+    return torch.addmm(bias, x, weight.t())  # one rounding for half types
 
 
 @accelerated("linear")
 def linear_bias_bwd(dy: Tensor) -> Tensor:
-    return rounded(_rows(opmath(dy)).sum(0), dy)
+    return rounded(opmath(dy).sum(0), dy)
 
 
 def _rows(x: Tensor) -> Tensor:
-    if x.ndim == 2:
-        return x  # sparse ones too
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 would not do for no features

@@ -232,7 +232,7 @@ def binary_cross_entropy(
             if not ((tensor >= 0) & (tensor <= 1)).all():
                 raise RuntimeError(f"{name}: expected every `{which}` between 0 and 1")
     if weight is not None:
-        weight = weight.to(input.dtype).expand(torch.broadcast_shapes(target.shape, weight.shape))
+        weight = weight.to(input.dtype).expand(target.shape)
     return BCELossFunction.call(input, target, weight, reduction)
 
 
@@ -259,8 +259,7 @@ class BCELossFunction(Function):
 @accelerated("loss")
 def bce_loss_fwd(x: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
     x32, t32 = opmath(x), opmath(target)
-    log_x, log_rest = x32.log().clamp_min(-100), (-x32).log1p().clamp_min(-100)
-    loss = (t32 - 1) * log_rest - t32 * log_x
+    loss = (t32 - 1) * _log_of_rest(x32) - t32 * _clamped_log(x32)
     return rounded(reduced(_weighted(loss, weight), reduction), x)
 
 
@@ -418,6 +417,17 @@ def bce_with_logits_loss_target_bwd(
     if pos_weight is not None:
         slope = slope + (opmath(pos_weight) - 1) * _softplus_of_minus(opmath(x))
     return rounded(spread(dy, x, reduction) * _weighted(slope, weight), target)
+
+
+def _clamped_log(x: Tensor) -> Tensor:
+    zero = x == 0  # kept apart: there the derivative would be inf * 0
+    return torch.where(zero, -100, torch.where(zero, 1, x).log().clamp_min(-100))
+
+
+def _log_of_rest(x: Tensor) -> Tensor:
+    """log(1 - x), clamped."""
+    one = x == 1
+    return torch.where(one, -100, torch.where(one, 0, -x).log1p().clamp_min(-100))
 
 
 def _positive_weight(target: Tensor, pos_weight: Tensor | None) -> Tensor:

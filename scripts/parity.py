@@ -5,8 +5,8 @@
     python scripts/parity.py --only BatchNorm --device cuda
 
 A row is one piece in one dtype: of its output, gradients and buffers the one nearest to its bound,
-our largest error there, torch's own, and the verdict: our error may be twice torch's, and a few
-roundings. Exit status 1 if one is beyond it.
+our largest error there, torch's own, and the bound: twice torch's, and a few roundings. Exit status
+1 if one is beyond it.
 """
 
 import argparse
@@ -113,7 +113,8 @@ def main() -> int:
     except (RuntimeError, AssertionError) as error:
         parser.error(str(error).splitlines()[0])
     print(f"torch {torch.__version__}, {options.device}, backend {torchref.get_backend()}\n")
-    print(f"{'piece':<58} {'dtype':<9} {'worst in':<22} {'ours':>8} {'torch':>8}  verdict")
+    columns = f"{'ours':>8} {'torch':>8} {'bound':>8}"
+    print(f"{'piece':<60} {'dtype':<9} {'worst in':<21} {columns}  verdict")
     failures = total = 0
     for dtype in options.dtype or DTYPES:
         torch.manual_seed(0)
@@ -122,8 +123,8 @@ def main() -> int:
                 continue
             row = worst(measure_parity(ours, theirs, *inputs, strides="Softmax" not in name))
             verdict = "ok" if not row.problem else f"FAILS: {row.problem}"
-            errors = f"{row.error:8.1e} {row.their_error:8.1e}"
-            print(f"{name:<58} {dtype:<9} {row.name:<22} {errors}  {verdict}", flush=True)
+            errors = f"{row.error:8.1e} {row.their_error:8.1e} {row.bound:8.1e}"
+            print(f"{name:<60} {dtype:<9} {row.name:<21} {errors}  {verdict}", flush=True)
             failures += bool(row.problem)
             total += 1
     if not total:

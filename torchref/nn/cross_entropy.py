@@ -59,7 +59,7 @@ def cross_entropy(
 
     Returns:
         A 0-dim tensor, or one of ``input``'s shape without K where ``reduction`` is ``"none"``.
-        The mean over nothing is NaN.
+        The mean over nothing is NaN. Backward reads ``input`` again: do not change it in between.
 
     Raises:
         ValueError: the batch sizes differ, or ``reduction`` is none of the three.

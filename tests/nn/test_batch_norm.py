@@ -173,7 +173,7 @@ def test_errors():
         ((x, zeros, ones, ones[:2]), {}, RuntimeError, r"`weight` of shape \(3,\), got \(2,\)"),
         ((x, zeros[:2], ones), {}, RuntimeError, r"`running_mean` of shape \(3,\)"),
         ((x, None, None), {}, RuntimeError, "`running_mean` at inference"),
-        ((x, zeros, None), {"training": True}, RuntimeError, "both `running_mean` and"),
+        ((x, zeros, None), {"training": True}, ValueError, "both `running_mean` and"),
         ((x, zeros, ones), {"eps": -1.0}, ValueError, "`eps`, got -1.0"),
         ((x, zeros, ones), {"eps": 0.0, "training": True}, ValueError, "`eps`, got 0.0"),
     ]:

@@ -139,9 +139,10 @@ def batch_norm(
         statistics as they are.
 
     Raises:
-        ValueError: one value per channel in training, or an ``eps`` out of range.
+        ValueError: one value per channel in training, one running statistic without the other, or
+            an ``eps`` out of range.
         RuntimeError: a tensor has not one entry per channel, or the running statistics are missing
-            at inference or one without the other.
+            at inference.
         NotImplementedError: ``input`` is not floating point.
 
     Example:
@@ -388,7 +389,7 @@ def _check(
         if tensor is None and not training and argument.startswith("running"):
             raise RuntimeError(f"batch_norm: expected `{argument}` at inference, got None")
     if (running_mean is None) != (running_var is None):
-        raise RuntimeError("batch_norm: expected both `running_mean` and `running_var`, or neither")
+        raise ValueError("batch_norm: expected both `running_mean` and `running_var`, or neither")
     if eps < 0 or (training and eps == 0):
         raise ValueError(f"batch_norm: expected a positive `eps`, got {eps}")
     if training and input.shape[0] * math.prod(input.shape[2:]) == 1:

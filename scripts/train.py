@@ -72,9 +72,18 @@ def train(parser: OneLineParser, argv: list[str]) -> None:
         run = Run(to_config(args), resume=args.resume)
     except USER_ERRORS as error:
         parser.error(describe(error))
-    metrics = run.execute()
+    try:
+        metrics = run.execute()
+    except OSError as error:
+        parser.error(describe(error))
+    except SystemExit:  # how Lightning leaves after Ctrl-C
+        if run.trainer.interrupted:
+            parser.exit(130, f"interrupted; continue with --resume --name {run.path.name}\n")
+        raise
     if run.trainer.is_global_zero:
         summarize(run, metrics)
+    if metrics["best_epoch"] is None:
+        parser.exit(1, "no usable model: val_loss was never finite\n")
 
 
 def to_config(args: Any) -> Config:
@@ -118,15 +127,20 @@ def predict_parser() -> OneLineParser:
     return parser
 
 
+def load(checkpoint: Path) -> MLPClassifier:
+    try:
+        return MLPClassifier.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
+    except Exception:  # a damaged file may raise anything
+        raise ValueError(f"{checkpoint}: not a checkpoint of a training run, or damaged") from None
+
+
 def predict(parser: OneLineParser, argv: list[str]) -> None:
     args = parser.parse_args(argv)
     try:
         checkpoint = Path(args.run) / "best.ckpt"
         if not checkpoint.exists():
             raise FileNotFoundError(f"no trained run in {args.run} ({checkpoint} is missing)")
-        model = MLPClassifier.load_from_checkpoint(
-            checkpoint, map_location="cpu", weights_only=True
-        )
+        model = load(checkpoint)
         x = read_features(args.file)
         labels = model.predict(x, args.threshold).tolist()
         probabilities = model.predict_proba(x).tolist()

@@ -114,3 +114,18 @@ def test_data_imports_neither_nn_nor_training():
         "assert not {'torchref.training', 'lightning'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("first", [",,a", "nan,nan,a", "?,?,a", "1e39,2,a"])
+def test_a_bad_first_row_is_no_header(tmp_path, first):
+    path = tmp_path / "table.csv"
+    path.write_text(f"{first}\n1,2,a\n3,4,b\n")
+    with pytest.raises(ValueError, match="row 1, column 1"):
+        load_dataset(f"csv:{path}")
+
+
+def test_what_overflows_float32_is_named(tmp_path):
+    path = tmp_path / "x.npy"
+    np.save(path, np.array([[1.0, 2.0], [3.0, 1e300]]))
+    with pytest.raises(ValueError, match="row 2, column 2: 1e[+]300 is not finite in float32"):
+        read_features(path)

@@ -2,6 +2,7 @@ import csv
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -154,7 +155,7 @@ def test_a_csv_of_ones_own_from_yaml(here, capsys):
         )
     (here / "a.yaml").write_text("dataset: csv:flowers.csv\nepochs: 3\nwidth: 16\n")
     train.main(["--config", "a.yaml", "--accelerator", "cpu"])
-    assert "files    runs/flowers/ (3 epochs" in capsys.readouterr().out
+    assert "files    runs/csv-flowers/ (3 epochs" in capsys.readouterr().out
 
 
 def test_resume_keeps_the_configuration(iris, monkeypatch, capsys):
@@ -226,3 +227,52 @@ def test_compile(tmp_path):
     done = run_script(tmp_path, *SMALL, "--compile")
     assert "parity   off: a compiled network" in done.stdout
     run_script(tmp_path, "--resume", "--name", "iris", "--no-compile", "--epochs", "32")
+
+
+def test_names_stay_under_runs(here, capsys):
+    for name in ("..", ".", "a/b", ""):
+        assert "name: expected a plain folder name" in fails(capsys, "--name", name)
+        assert "name: expected" in fails(capsys, "--resume", "--name", name)
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
+def test_predict_names_a_damaged_checkpoint(here, capsys, content, iris):
+    path = here / "runs" / "bad" / "best.ckpt"
+    path.parent.mkdir(parents=True)
+    whole = (iris / "runs" / "iris" / "best.ckpt").read_bytes()
+    path.write_bytes(whole[:5000] if content is None else content)
+    line = fails(capsys, "predict", "x.csv", "--run", "runs/bad")
+    assert "best.ckpt: not a checkpoint of a training run, or damaged" in line
+
+
+def test_resume_looks_before_it_writes(here, capsys, iris):
+    shutil.copytree(iris / "runs", here / "runs")
+    config = (here / "runs" / "iris" / "config.yaml").read_text()
+    line = fails(capsys, *SMALL, "--resume", "--epochs", "2")
+    assert "epochs: expected more than the" in line
+    (here / "runs" / "iris" / "last.ckpt").write_bytes(b"broken")
+    assert "last.ckpt is damaged" in fails(capsys, *SMALL, "--resume", "--epochs", "99")
+    assert (here / "runs" / "iris" / "config.yaml").read_text() == config
+
+
+def test_what_cannot_run_here_is_one_line(here, capsys):
+    small = (*SMALL, "--epochs", "1")
+    assert "devices:" in fails(capsys, *small, "--devices", "abc")
+    with pytest.warns(UserWarning, match="bfloat16|bf16"):
+        line = fails(capsys, *small, "--precision", "16-mixed")
+    assert "precision: 16-mixed needs a GPU" in line
+    (here / "runs").write_text("a file")
+    assert "runs" in fails(capsys, *small)
+
+
+def test_a_diverged_run_is_no_success(here, capsys):
+    arguments = (*SMALL, "--lr", "1e30", "--optimizer", "sgd", "--epochs", "2", "--name", "nan")
+    with pytest.raises(SystemExit) as stopped:
+        train.main(list(arguments))
+    assert stopped.value.code == 1
+    assert "no usable model" in capsys.readouterr().err
+    text = (here / "runs" / "nan" / "metrics.json").read_text()
+    metrics = json.loads(text, parse_constant=lambda c: pytest.fail(f"{c} is no JSON"))
+    assert metrics["best_val_loss"] is None
+    assert not (here / "runs" / "nan" / "best.ckpt").exists()

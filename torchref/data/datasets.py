@@ -1,13 +1,14 @@
 """Small classification sets that need no network, and files of one's own."""
 
 import csv
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 DATASETS = ("digits", "breast_cancer", "wine", "iris")
 
@@ -74,12 +75,16 @@ def read_features(path: str | Path) -> Tensor:
             f"{path}: expected numbers of shape (samples, features), "
             f"got {array.dtype} of shape {array.shape}"
         )
-    bad = np.argwhere(~np.isfinite(array))
+    with np.errstate(over="ignore"):  # what overflows is named below
+        single = array.astype(np.float32)
+    bad = np.argwhere(~np.isfinite(single))
     if len(bad):
         row, column = bad[0]
         value = array[row, column]
-        raise ValueError(f"{path}: row {row + 1}, column {column + 1}: {value} is not finite")
-    return torch.as_tensor(array.astype(np.float32))
+        raise ValueError(
+            f"{path}: row {row + 1}, column {column + 1}: {value} is not finite in float32"
+        )
+    return torch.as_tensor(single)
 
 
 def _load_csv(path: Path) -> Dataset:
@@ -105,7 +110,7 @@ def _read_table(path: Path) -> list[tuple[int, list[str]]]:
             rows = [(reader.line_num, [c.strip() for c in cells]) for cells in reader if cells]
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: not a CSV file: {error}") from None
-    if rows and not any(map(_is_number, rows[0][1])):  # a header holds no number
+    if rows and _is_header(rows[0][1]):
         rows = rows[1:]
     if not rows:
         raise ValueError(f"{path}: no rows")
@@ -125,8 +130,14 @@ def _numbers(path: Path, line: int, cells: list[str]) -> list[float]:
     return [float(cell) for cell in cells]
 
 
+def _is_header(cells: list[str]) -> bool:
+    """Names only: neither numbers nor what stands for a missing one."""
+    missing = {"", "?", "-", "na", "n/a", "nan", "null", "none", "inf", "-inf"}
+    return not any(_is_number(cell) or cell.lower() in missing for cell in cells)
+
+
 def _is_number(cell: str) -> bool:
     try:
-        return math.isfinite(float(cell))
+        return abs(float(cell)) <= FLOAT32_MAX  # False for NaN
     except ValueError:
         return False

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import platform
 import time
 import warnings
@@ -103,8 +104,14 @@ class Config:
 
     @property
     def folder(self) -> str:
-        """``name``, or the dataset's: ``digits``, or the stem of a CSV file."""
-        return self.name or Path(self.dataset.removeprefix("csv:")).stem
+        """``name``, or the dataset's: ``digits``, or ``csv-`` and the stem of a CSV file."""
+        default = (
+            f"csv-{Path(self.dataset[4:]).stem}" if self.dataset[:4] == "csv:" else self.dataset
+        )
+        folder = default if self.name is None else self.name
+        plain = Path(folder).name == folder and folder not in ("", ".", "..")
+        check_range("name", folder, "a plain folder name", plain)
+        return folder
 
 
 class Run:
@@ -137,7 +144,6 @@ class Run:
         check_range("epochs", config.epochs, "> 0", config.epochs > 0)
         check_range("seed", config.seed, "in [0, 4294967295]", 0 <= config.seed < 2**32)
         folder = config.folder
-        check_range("name", folder, "a plain folder name", Path(folder).name == folder)
         if config.batch_size == 1 and config.batch_norm and config.depth:
             raise ValueError(
                 "batch_size: batch norm needs two samples or more, got 1; add --no-batch_norm"
@@ -146,11 +152,12 @@ class Run:
         self.path = Path(root) / folder
         self.resume = resume
         torchref.set_backend(config.backend)
-        _set_threads(config)
         data = load_dataset(config.dataset)
         self.data = ClassificationData(
             data.x, data.y, batch_size=config.batch_size, seed=config.seed
         )
+        full = config.batch_size == "full"
+        _set_threads(config, len(self.data.train) if full else int(config.batch_size))
         self.model = self._model(data.x.shape[1], data.classes, "torchref")
         normalize = self.model.normalize
         assert isinstance(normalize, Standard)
@@ -165,7 +172,12 @@ class Run:
         if resume:
             self._check_resume()
         seed_everything(config.seed, verbose=False)
-        self.trainer = self._trainer()
+        try:
+            self.trainer = self._trainer()
+        except TypeError as error:  # Lightning's, for devices that are no devices
+            raise ValueError(f"devices: {error}") from None
+        if str(config.precision) in ("16", "16-mixed") and self.trainer.precision == "bf16-mixed":
+            raise ValueError("precision: 16-mixed needs a GPU; use bf16-mixed")
         if config.compile:
             self.model.compile_net()
 
@@ -175,8 +187,9 @@ class Run:
         return MLPClassifier(features, classes, **network, library=library)
 
     def _check_resume(self) -> None:
-        if not (self.path / "last.ckpt").exists():
-            raise FileNotFoundError(f"resume: no checkpoint {self.path / 'last.ckpt'}")
+        last = self.path / "last.ckpt"
+        if not last.exists():
+            raise FileNotFoundError(f"resume: no checkpoint {last}")
         before = yaml.safe_load((self.path / "config.yaml").read_text())
         for name in FIXED_ON_RESUME:
             if before[name] != getattr(self.config, name):
@@ -184,6 +197,12 @@ class Run:
                     f"resume: {name} was {before[name]!r} in {self.path}, "
                     f"got {getattr(self.config, name)!r}"
                 )
+        try:
+            done = torch.load(last, map_location="cpu", weights_only=True)["epoch"] + 1
+        except Exception:  # a damaged file may raise anything
+            raise ValueError(f"resume: {last} is damaged") from None
+        epochs = self.config.epochs
+        check_range("epochs", epochs, f"more than the {done} done", epochs > done)
 
     def _trainer(self) -> Trainer:
         quiet()
@@ -220,9 +239,10 @@ class Run:
         self._clear()
         resumed = {"ckpt_path": self.path / "last.ckpt"} if self.resume else {}
         self.trainer.fit(self.model, datamodule=self.data, weights_only=True, **resumed)
-        self.trainer.save_checkpoint(self.path / "best.ckpt", weights_only=True)
         best_epoch = self.stopping.best_epoch
         best = None if best_epoch is None else self.stopping.best_score.item()
+        if best_epoch is not None:
+            self.trainer.save_checkpoint(self.path / "best.ckpt", weights_only=True)
         self.trainer.test(self.model, datamodule=self.data, verbose=False)
         test = self.trainer.callback_metrics
         metrics = {
@@ -237,6 +257,10 @@ class Run:
             "seed": self.config.seed,
             "versions": versions(),
         }
+        metrics = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in metrics.items()  # JSON knows neither NaN nor infinity
+        }
         self._write(metrics)
         return metrics
 
@@ -250,17 +274,19 @@ class Run:
 
     @rank_zero_only
     def _write(self, metrics: dict[str, Any]) -> None:
-        (self.path / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        (self.path / "metrics.json").write_text(
+            json.dumps(metrics, indent=2, allow_nan=False) + "\n"
+        )
         picture = self.path / "learning_curves.png"
         plot_learning_curves(self.history.rows, picture, metrics["best_epoch"])
 
 
-def _set_threads(config: Config) -> None:
+def _set_threads(config: Config, samples: int) -> None:
     """Threads wait for each other longer than they compute where a layer's output is small."""
     if config.threads != "auto":
         check_range("threads", config.threads, "> 0 or auto", config.threads > 0)
         torch.set_num_threads(config.threads)
-    elif config.batch_size != "full" and config.batch_size * config.width < SMALL_LAYER:
+    elif samples * config.width < SMALL_LAYER:
         torch.set_num_threads(1)
 
 

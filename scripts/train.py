@@ -101,6 +101,8 @@ def summarize(run: Run, metrics: dict[str, Any]) -> None:
         parity = (
             f"largest difference of the loss from torch's {metrics['parity_max_loss_diff']:.3g}"
         )
+    elif run.parity and run.parity.off is None:
+        parity = "the loss was not finite, nor its difference from torch's"
     else:
         parity = f"off: {run.parity.off if run.parity else '--no-parity'}"
     print(

@@ -271,7 +271,9 @@ def test_a_diverged_run_is_no_success(here, capsys):
     with pytest.raises(SystemExit) as stopped:
         train.main(list(arguments))
     assert stopped.value.code == 1
-    assert "no usable model" in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert "no usable model" in err
+    assert "the loss was not finite" in out
     text = (here / "runs" / "nan" / "metrics.json").read_text()
     metrics = json.loads(text, parse_constant=lambda c: pytest.fail(f"{c} is no JSON"))
     assert metrics["best_val_loss"] is None

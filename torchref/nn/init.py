@@ -4,7 +4,7 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils import parametrize
 
 _CONVOLUTIONS = tuple(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3))
 
@@ -300,7 +300,7 @@ def initialize(model: nn.Module, method: str = "auto") -> dict[str, str]:
             kaiming_normal_(weight, a=activation.negative_slope)
         else:
             METHODS[used[name]](weight)
-        if is_parametrized(layer, "weight"):
+        if parametrize.is_parametrized(layer, "weight"):
             layer.weight = weight  # through the parametrization, back to what it is made of
         if layer.bias is not None:
             zeros_(layer.bias)

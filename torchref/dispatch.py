@@ -12,16 +12,20 @@ The choice is process-wide, like ``torch.backends``': ``TORCHREF_BACKEND`` at im
 ran, in whatever thread autograd calls it.
 
 A kernel takes plain tensors with storage outside tracing, transforms and dispatch modes, where
-autograd is not recording. Everything else takes the formula, and so does code under
-:func:`torch.compile`, where Inductor does the fusing.
+autograd is not recording, of the types float32, float16 and bfloat16 and with something in them.
+Everything else takes the formula, under ``triton`` too. So does code under :func:`torch.compile`,
+where Inductor does the fusing, unless ``triton`` was asked for: then the graph holds one opaque
+operation of ours, ``torch.ops.torchref.<name>``, for each kernel call.
 """
 
 import contextlib
 import functools
 import importlib
 import importlib.util
+import inspect
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType
 from typing import Any, TypeVar
@@ -32,6 +36,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 BACKENDS = ("auto", "reference", "compiled", "triton")
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -116,21 +121,23 @@ class kept:
         _thread.choice = self.before
 
 
-def accelerated(module: str) -> Callable[[F], F]:
+def accelerated(module: str, mutates: tuple[str, ...] = ()) -> Callable[[F], F]:
     """Let a formula's kernel, or its compiled form, run in its place where the backend says so.
 
     The kernel has the formula's name and signature, in ``torchref.triton_kernels.<module>``. The
-    first argument's device decides. Arguments are positional.
+    first argument's device and type decide. Arguments are positional; ``mutates`` names those that
+    are written to even where ``inplace`` is not asked for.
     """
 
     def decorate(formula: F) -> F:
         name = formula.__name__
         compiled = _Compiled(formula)
+        opaque = _opaque_operation(formula, module, mutates)
 
         @functools.wraps(formula)
         def piece(*args):
             if torch.compiler.is_compiling():  # first: Dynamo cannot trace the checks below
-                return formula(*args)
+                return opaque(*args) if _process.choice == "triton" else formula(*args)
             choice = _thread.choice or _process.choice
             if choice == "reference" or (choice == "auto" and not args[0].is_cuda):
                 return formula(*args)
@@ -139,16 +146,23 @@ def accelerated(module: str) -> Callable[[F], F]:
             if choice == "compiled":
                 return compiled(*args)
             kernel = find_kernel(module, name)
-            if kernel is not None:
-                return kernel(*args)
-            if choice == "triton":
-                reason = why_no_kernels() or f"{name} has no kernel yet"
+            if choice == "triton" and (reason := _why_not(name, kernel, args[0])):
                 raise RuntimeError(f"{name}: the triton backend cannot run it: {reason}")
-            return formula(*args)
+            if kernel is None or not kernel_takes(args):
+                return formula(*args)
+            return kernel(*args)
 
         return piece  # type: ignore[return-value]
 
     return decorate
+
+
+def kernel_takes(args: tuple[Any, ...]) -> bool:
+    """Whether kernels are written for such arguments: float64 and integers are for the formula."""
+    x = args[0]
+    if x.dtype not in KERNEL_DTYPES or (x.is_cuda and not _serves(x.device.index)):
+        return False
+    return all(arg.numel() for arg in args if isinstance(arg, Tensor))
 
 
 def differentiates_forward() -> bool:
@@ -197,12 +211,40 @@ def why_no_kernels() -> str | None:
     """Why no Triton kernel can run on this machine, or None where they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (`pip install triton`, Linux only)"
-    kernels = importlib.import_module("torchref.triton_kernels")
-    if not any(name.endswith(".py") and name[0] != "_" for name in os.listdir(kernels.__path__[0])):
-        return "this version of torchref ships no kernels yet"
-    if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available():
+    if interprets():
         return None
-    return "no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
+    if not torch.cuda.is_available():
+        return "no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
+    return _why_not_on(torch.cuda.current_device())
+
+
+def interprets() -> bool:
+    """Whether kernels run in Triton's interpreter, which also takes tensors on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _why_not(name: str, kernel: Callable[..., Any] | None, x: Tensor) -> str | None:
+    if kernel is None:
+        return why_no_kernels() or f"{name} has no kernel yet"
+    if not (x.is_cuda or interprets()):
+        return f"expected tensors on a CUDA or ROCm device, got {x.device}"
+    return None
+
+
+def _why_not_on(index: int) -> str | None:
+    if torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0):
+        name = torch.cuda.get_device_name(index)
+        return f"{name} is older than Triton's oldest NVIDIA GPU, compute capability 8.0"
+    return None
+
+
+@functools.cache
+def _serves(index: int) -> bool:
+    """Whether kernels run on a GPU; where they do not, that is said once."""
+    reason = _why_not_on(index)
+    if reason is not None:
+        warnings.warn(f"torchref: formulas run instead of Triton kernels: {reason}", stacklevel=5)
+    return reason is None
 
 
 def explain() -> str:
@@ -214,6 +256,69 @@ def explain() -> str:
     if choice == "triton":
         return f"triton: {why_no_kernels() or 'Triton kernels'}"
     return f"{choice}: asked for by TORCHREF_BACKEND or set_backend"
+
+
+# One operation for each kernel, so that a graph can hold the call.
+_library = torch.library.Library("torchref", "FRAGMENT")
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    float: "float",
+    float | None: "float?",
+    float | Tensor: "Tensor",
+    int: "int",
+    bool: "bool",
+    str: "str",
+    tuple[bool, bool, bool]: "bool[]",
+}
+
+
+def _opaque_operation(
+    formula: Callable[..., Any], module: str, mutates: tuple[str, ...]
+) -> Callable[..., Any]:
+    """The kernel of a formula as an operation that torch.compile does not look into.
+
+    Under tracing the launcher runs on fake tensors: it allocates its outputs and launches nothing.
+    """
+    name = formula.__name__
+    parameters = inspect.signature(formula).parameters.values()
+    returned = inspect.signature(formula).return_annotation
+    if returned is None:  # an optimizer's update, for Inductor to fuse with its neighbours
+        return formula
+    arguments = []
+    for parameter in parameters:
+        kind = _SCHEMA_TYPES[parameter.annotation]
+        if parameter.name in mutates:
+            kind = kind.replace("Tensor", f"Tensor({parameter.name[-1]}!)")
+        arguments.append(f"{kind} {parameter.name}")
+    count = 1 if returned is Tensor else len(returned.__args__)
+    returns = ", ".join(["Tensor"] * count)
+    _library.define(f"{name}({', '.join(arguments)}) -> ({returns})")
+
+    def run(*args: Any) -> Any:
+        kernel = find_kernel(module, name)
+        if reason := _why_not(name, kernel, args[0]):
+            raise RuntimeError(f"{name}: the triton backend cannot run it: {reason}")
+        assert kernel is not None
+        return kernel(*args) if kernel_takes(args) else formula(*args)
+
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"torchref::{name}", run, lib=_library)
+    operation = getattr(torch.ops.torchref, name).default
+    on_device = [parameter.annotation == float | Tensor for parameter in parameters]
+
+    def opaque(*args):
+        x = args[0]
+        return operation(
+            *[
+                torch.full((), arg, dtype=torch.float64, device=x.device)
+                if moved and not isinstance(arg, Tensor)
+                else arg
+                for arg, moved in zip(args, on_device, strict=True)
+            ]
+        )
+
+    return opaque
 
 
 class _Compiled:

@@ -202,14 +202,14 @@ class BatchNormFunction(Function):
         return dx, dweight, dbias, None, None, None, None, None
 
 
-@accelerated("batch_norm")
+@accelerated("batch_norm", mutates=("running_mean", "running_var"))
 def batch_norm_fwd(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    momentum: float,
+    momentum: float | Tensor,
     eps: float,
     unbiased: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -91,7 +91,8 @@ def build(launch: Launch, target: GPUTarget) -> Built:
         if marks:
             attributes[(number,)] = marks
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    options = {"num_warps": launch.num_warps, "enable_fp_fusion": True}
+    warps = launch.num_warps * 32 // target.warp_size
+    options = {"num_warps": warps, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=target, options=options)
     return _nvidia(compiled) if target.backend == "cuda" else _amd(compiled.asm["amdgcn"])
 

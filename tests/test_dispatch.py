@@ -72,6 +72,9 @@ def test_triton_says_why_it_cannot_run(monkeypatch):
     monkeypatch.setattr(dispatch, "why_no_kernels", lambda: None)
     with pytest.raises(RuntimeError, match="relu_fwd has no kernel yet"):
         ours.relu(torch.ones(2))
+    monkeypatch.setattr(dispatch, "find_kernel", lambda *_: torch.relu)
+    with pytest.raises(RuntimeError, match="expected tensors on a CUDA or ROCm device, got cpu"):
+        ours.relu(torch.ones(2))
 
 
 def test_reasons_without_a_gpu(monkeypatch):
@@ -88,6 +91,7 @@ def test_backward_keeps_what_forward_chose(monkeypatch):
         return torch.zeros_like(args[0])
 
     monkeypatch.setattr(dispatch, "find_kernel", lambda *_: kernel)
+    monkeypatch.setattr(dispatch, "interprets", lambda: True)
     monkeypatch.setattr(dispatch._process, "choice", "triton")
     y = ours.sigmoid(torch.ones(2, requires_grad=True))
     monkeypatch.setattr(dispatch._process, "choice", "reference")

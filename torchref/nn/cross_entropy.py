@@ -148,11 +148,7 @@ def cross_entropy_fwd(
         below = _weighted(-_log_p(x32, row_max, log_sum), weight).sum(dim)
         loss = (1 - smoothing) * loss + smoothing / x.shape[dim] * below
     loss = torch.where(kept, loss, 0)  # an ignored row may hold a NaN
-    total = row_weight.sum()
-    if reduction == "mean":
-        loss = loss.sum() / total
-    elif reduction == "sum":
-        loss = loss.sum()
+    loss, total = _reduced(loss, row_weight, reduction)
     return rounded(loss, x), row_max, log_sum, total
 
 
@@ -188,36 +184,40 @@ class ProbabilityCrossEntropyFunction(Function):
     @staticmethod
     def forward(
         x: Tensor, target: Tensor, weight: Tensor | None, reduction: str, smoothing: float | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return probability_cross_entropy_fwd(x, target, weight, reduction, smoothing)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, target, weight, *ctx.options = inputs
-        _, row_max, log_sum = output
-        ctx.mark_non_differentiable(row_max, log_sum)
+        _, row_max, log_sum, mass = output
+        ctx.mark_non_differentiable(row_max, log_sum, mass)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, target, weight, row_max, log_sum)
+        ctx.save_for_backward(x, target, weight, row_max, log_sum, mass)
 
     @staticmethod
     def backward(ctx, dy, *_):
         if dy is None:
             return (None,) * 5
-        x, target, weight, row_max, log_sum = ctx.saved_tensors
+        x, target, weight, row_max, log_sum, mass = ctx.saved_tensors
         if torch.is_grad_enabled():  # what was saved has no graph
             row_max, log_sum = _log_sum_exp(opmath(x))
-        saved = (x, target, weight, row_max, log_sum, *ctx.options)
+            mass = _mass(target, weight, ctx.options[1])
         wants_x, wants_target = ctx.needs_input_grad[:2]
-        dx = probability_cross_entropy_bwd(dy, *saved) if wants_x else None
-        dtarget = probability_cross_entropy_target_bwd(dy, *saved) if wants_target else None
+        saved = (x, target, weight, row_max, log_sum)
+        dx = dtarget = None
+        if wants_x:
+            dx = probability_cross_entropy_bwd(dy, *saved, mass, *ctx.options)
+        if wants_target:
+            dtarget = probability_cross_entropy_target_bwd(dy, *saved, *ctx.options)
         return dx, dtarget, None, None, None
 
 
 @accelerated("cross_entropy")
 def probability_cross_entropy_fwd(
     x: Tensor, target: Tensor, weight: Tensor | None, reduction: str, smoothing: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, each row's maximum and log(sum(exp(x - maximum)))."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, and of each row its maximum, log(sum(exp(x - maximum))) and weighted target mass."""
     x32, dim = opmath(x), _class_dim(x)
     row_max, log_sum = _log_sum_exp(x32)
     wt = _weighted(_smoothed(target, smoothing, dim), weight)
@@ -226,7 +226,7 @@ def probability_cross_entropy_fwd(
         loss = loss.sum() / loss.numel()
     elif reduction == "sum":
         loss = loss.sum()
-    return rounded(loss, x), row_max, log_sum
+    return rounded(loss, x), row_max, log_sum, wt.sum(dim)
 
 
 @accelerated("cross_entropy")
@@ -237,12 +237,13 @@ def probability_cross_entropy_bwd(
     weight: Tensor | None,
     row_max: Tensor,
     log_sum: Tensor,
+    mass: Tensor,
     reduction: str,
     smoothing: float | None,
 ) -> Tensor:
     x32, dim = opmath(x), _class_dim(x)
     wt = _weighted(_smoothed(target, smoothing, dim), weight)
-    dx = _log_p(x32, row_max, log_sum).exp() * wt.sum(dim, keepdim=True) - wt
+    dx = _log_p(x32, row_max, log_sum).exp() * mass.unsqueeze(dim) - wt
     return rounded(dx * _row_gradient(dy, row_max.numel(), reduction, dim), x)
 
 
@@ -345,16 +346,12 @@ class NLLLossFunction(Function):
 def nll_loss_fwd(
     x: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """The loss and the mean's divisor."""
+    """The loss, and the mean's divisor or 0."""
     x32, dim = opmath(x), _class_dim(x)
     kept, index, row_weight = _rows(x32, target, weight, ignore_index)
     picked = x32.gather(dim, index.unsqueeze(dim)).squeeze(dim)
     loss = torch.where(kept, -row_weight * picked, 0)
-    total = row_weight.sum()
-    if reduction == "mean":
-        loss = loss.sum() / total
-    elif reduction == "sum":
-        loss = loss.sum()
+    loss, total = _reduced(loss, row_weight, reduction)
     return rounded(loss, x), total
 
 
@@ -401,6 +398,14 @@ def _rows(
     return kept, index, torch.where(kept, opmath(weight)[index], 0)
 
 
+def _reduced(loss: Tensor, row_weight: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
+    """The reduced loss, and what a mean divided by; 0 where nothing was divided."""
+    if reduction == "mean":
+        total = row_weight.sum()
+        return loss.sum() / total, total
+    return (loss.sum() if reduction == "sum" else loss), row_weight.new_zeros(())
+
+
 def _one_hot(index: Tensor, x: Tensor) -> Tensor:
     dim = _class_dim(x)
     classes = torch.arange(x.shape[dim], device=x.device)
@@ -416,6 +421,11 @@ def _weighted(t: Tensor, weight: Tensor | None) -> Tensor:
 def _smoothed(target: Tensor, smoothing: float | None, dim: int) -> Tensor:
     t = opmath(target)
     return t if smoothing is None else (1 - smoothing) * t + smoothing / t.shape[dim]
+
+
+def _mass(target: Tensor, weight: Tensor | None, smoothing: float | None) -> Tensor:
+    dim = _class_dim(target)
+    return _weighted(_smoothed(target, smoothing, dim), weight).sum(dim)
 
 
 def _row_gradient(dy: Tensor, total: Tensor | int, reduction: str, dim: int) -> Tensor:

@@ -121,18 +121,21 @@ class kept:
         _thread.choice = self.before
 
 
-def accelerated(module: str, mutates: tuple[str, ...] = ()) -> Callable[[F], F]:
+def accelerated(
+    module: str, mutates: tuple[str, ...] = (), draws: bool = False
+) -> Callable[[F], F]:
     """Let a formula's kernel, or its compiled form, run in its place where the backend says so.
 
     The kernel has the formula's name and signature, in ``torchref.triton_kernels.<module>``. The
     first argument's device and type decide. Arguments are positional; ``mutates`` names those that
-    are written to even where ``inplace`` is not asked for.
+    are written to even where ``inplace`` is not asked for, ``draws`` says that random numbers are
+    drawn.
     """
 
     def decorate(formula: F) -> F:
         name = formula.__name__
         compiled = _Compiled(formula)
-        opaque = _opaque_operation(formula, module, mutates)
+        opaque = _opaque_operation(formula, module, mutates, draws)
 
         @functools.wraps(formula)
         def piece(*args):
@@ -186,6 +189,8 @@ def is_plain(args: tuple[Any, ...]) -> bool:
 
 def runs_opaque_code(args: tuple[Any, ...]) -> bool:
     """Whether code that torch cannot see into may compute on these arguments."""
+    if torch.compiler.is_compiling():
+        return _process.choice == "triton"
     return is_plain(args) and not (
         torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
     )
@@ -274,7 +279,7 @@ _SCHEMA_TYPES = {
 
 
 def _opaque_operation(
-    formula: Callable[..., Any], module: str, mutates: tuple[str, ...]
+    formula: Callable[..., Any], module: str, mutates: tuple[str, ...], draws: bool
 ) -> Callable[..., Any]:
     """The kernel of a formula as an operation that torch.compile does not look into.
 
@@ -293,7 +298,9 @@ def _opaque_operation(
         arguments.append(f"{kind} {parameter.name}")
     count = 1 if returned is Tensor else len(returned.__args__)
     returns = ", ".join(["Tensor"] * count)
-    _library.define(f"{name}({', '.join(arguments)}) -> ({returns})")
+    # a graph that computed it again in backward would draw other numbers
+    tags = (torch.Tag.nondeterministic_seeded,) if draws else ()
+    _library.define(f"{name}({', '.join(arguments)}) -> ({returns})", tags=tags)
 
     def run(*args: Any) -> Any:
         kernel = find_kernel(module, name)

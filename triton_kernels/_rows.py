@@ -14,8 +14,7 @@ from torch import Tensor
 
 from ._launch import cdiv, power_of_2
 
-
-LOOP_COLS = 8192  # a step along a row too wide for registers: 8 elements a thread, 1024 threads
+LOOP_COLS = 256  # columns a warp in a step along a row too wide for registers
 
 
 class Rows(NamedTuple):
@@ -41,10 +40,10 @@ class Tiles(NamedTuple):
     num_warps: int
 
 
-def tiles_down(x: Rows, widest: int) -> Tiles:
+def tiles_down(x: Rows, widest: int, loop_warps: int = 32) -> Tiles:
     """A program for each tile of rows: whole rows up to ``widest``, beyond that a loop along."""
     if x.inner == 1 and x.cols > widest:
-        return Tiles(x.rows, False, 1, LOOP_COLS, 32)
+        return Tiles(x.rows, False, 1, LOOP_COLS * loop_warps, loop_warps)
     height, width = _shape(x, widest)
     warps = min(32, max(4, height * width // 512))
     return Tiles(_down(x, height), width >= x.cols, height, width, warps)

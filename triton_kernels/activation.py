@@ -113,8 +113,7 @@ def _tanh(x, a, b):
     p = p * z - 5.37397155531e-2
     p = p * z + 1.33314422036e-1
     p = p * z - 3.33332819422e-1
-    e = tl.exp(-2 * tl.abs(x))
-    far = (1 - e) / (1 + e)
+    far = 1 - 2 / (tl.exp(2 * tl.abs(x)) + 1)  # the difference from 1 keeps those of 1 - y^2
     return tl.where(tl.abs(x) < 0.625, x + x * z * p, tl.where(x < 0, -far, far))
 
 

@@ -505,7 +505,10 @@ def _forward(
     probabilities: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     view = rows_along(x, _class_dim(x))
-    cut = tiles_down(view, WIDEST_BWD if probabilities else WIDEST_FWD)
+    if probabilities or smoothing is not None:  # two more accumulators
+        cut = tiles_down(view, WIDEST_BWD, loop_warps=16)
+    else:
+        cut = tiles_down(view, WIDEST_FWD)
     shape = _without_classes(x)
     row_max, log_sum, mass = (
         torch.empty(shape, dtype=torch.float32, device=x.device) for _ in range(3)

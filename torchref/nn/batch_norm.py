@@ -336,7 +336,7 @@ def _affine(xhat: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + _channels(opmath(bias), xhat)
 
 
-def _move(running: Tensor, batch: Tensor, momentum: float) -> None:
+def _move(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
     running.copy_((1 - momentum) * opmath(running) + momentum * batch.detach())
 
 

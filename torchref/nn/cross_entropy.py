@@ -217,7 +217,7 @@ class ProbabilityCrossEntropyFunction(Function):
 def probability_cross_entropy_fwd(
     x: Tensor, target: Tensor, weight: Tensor | None, reduction: str, smoothing: float | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss, and of each row its maximum, log(sum(exp(x - maximum))) and weighted target mass."""
+    """The loss; of each row its maximum, log(sum(exp(x - maximum))) and sum of weighted targets."""
     x32, dim = opmath(x), _class_dim(x)
     row_max, log_sum = _log_sum_exp(x32)
     wt = _weighted(_smoothed(target, smoothing, dim), weight)

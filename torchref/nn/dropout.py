@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from torchref.autograd import Function, opmath, refuse_leaf, rounded, traces_in_place
+from torchref.autograd import Function, in_layout, opmath, refuse_leaf, rounded, traces_in_place
 from torchref.dispatch import accelerated
 
 
@@ -52,7 +52,8 @@ def dropout(
     *keeping* p; here, as in torch, it is that of dropping.
 
     The mask comes from torch's default generator on ``input``'s device. On the CPU it is torch's
-    own mask bit for bit, and the generator is left where torch leaves it.
+    own mask bit for bit, and the generator is left where torch leaves it; a Triton kernel draws a
+    seed from the generator and the mask from the seed.
 
     Args:
         input: floating point, any shape.
@@ -107,8 +108,9 @@ class DropoutFunction(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, _, ctx.keep, inplace = inputs
-        _, mask = output
+        x, ctx.p, ctx.keep, inplace = inputs
+        y, mask = output
+        ctx.strides = y.stride()
         if inplace:
             ctx.mark_dirty(x)
         ctx.mark_non_differentiable(mask)
@@ -120,10 +122,11 @@ class DropoutFunction(Function):
         if dy is None:
             return None, None, None, None
         (mask,) = ctx.saved_tensors
-        return dropout_bwd(dy, mask, ctx.keep), None, None, None
+        dy = in_layout(dy, ctx.strides)  # a kernel numbers the elements as they lie in memory
+        return dropout_bwd(dy, mask, ctx.p, ctx.keep), None, None, None
 
 
-@accelerated("dropout")
+@accelerated("dropout", draws=True)
 def dropout_fwd(x: Tensor, p: float, keep: float, inplace: bool) -> tuple[Tensor, Tensor]:
     """The output, and what backward needs to know which elements were dropped."""
     mask = _mask(x, p)
@@ -132,7 +135,8 @@ def dropout_fwd(x: Tensor, p: float, keep: float, inplace: bool) -> tuple[Tensor
 
 
 @accelerated("dropout")
-def dropout_bwd(dy: Tensor, mask: Tensor, keep: float) -> Tensor:
+def dropout_bwd(dy: Tensor, mask: Tensor, p: float, keep: float) -> Tensor:
+    """``mask`` is what forward returned; a kernel, which makes it again, needs ``p``."""
     dy32 = opmath(dy)
     return rounded(dy32 * (mask.to(dy32.dtype) / keep), dy)
 

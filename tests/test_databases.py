@@ -86,6 +86,8 @@ def test_module_errors(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", OPS)
 def test_functions(name, dtype):
+    if name == "dropout" and torchref.get_backend() == "triton":
+        pytest.skip("a kernel's mask is its own: test_dropout_kernel.py")
     count = 0
     for info in op_db:
         if info.name != OPS[name] or not info.supports_dtype(dtype, "cpu"):

@@ -20,10 +20,10 @@ def total(partial: Tensor, like: Tensor, divisor: float = 1.0) -> Tensor:
 @triton.jit
 def _total_kernel(x_ptr, y_ptr, n, divisor, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
-    sums = tl.zeros([BLOCK], tl.float32)
+    sums = tl.zeros([BLOCK], tl.float64)  # terms of either sign may leave little
     for first in range(0, n, BLOCK):
         sums += tl.load(x_ptr + first + i, mask=i < n - first, other=0.0)
-    tl.store(y_ptr, tl.sum(sums, axis=0) / divisor)
+    tl.store(y_ptr, (tl.sum(sums, axis=0) / divisor).to(tl.float32))
 
 
 def column_sums(x: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ always the same, so results repeat bit by bit. Where there is one partial the fi
 The programs of the pointwise kernels map one tile each, last tile first: that one is still in L2.
 
 Moves 3 elements forward (x twice, y) and 5 backward (x and dy twice, dx), evaluation 2 and 2.
-Computes in float32. Rows of tiles count in 32 bits, elements in 64.
+Computes in float32. Offsets have 64 bits; only the rows of the first kind and the columns of the
+second must be fewer than 2**31, as they are in any memory of today.
 """
 
 import math
@@ -199,11 +200,11 @@ def _batch_norm_apply_kernel(
     at, inside, channel, known = _mapped_tile(
         rows, channels, inner, steps, COLUMNS, STEP, ROWS, COLS
     )
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     mean = _load(mean_ptr, channel, known)
     scale = _rstd(spread_ptr, channel, known, eps, EVAL)
     if weight_ptr is not None:
         scale *= _load(weight_ptr, channel, known)
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     y = (x - mean) * scale  # not folded to x * scale + shift: that cancels at a large mean
     if bias_ptr is not None:
         y += _load(bias_ptr, channel, known)
@@ -240,10 +241,9 @@ def _batch_norm_sums_kernel(
     column, columns = _reduced_columns(group, groups, width, COLUMNS, COLS)
     known = column < columns
     channel = column // inner if COLUMNS else column
+    mean = _load(mean_ptr, channel, known)[None, :]
     dbias = tl.zeros([ROWS, COLS], tl.float32)
-    if x_ptr is not None:
-        dscale = tl.zeros([ROWS, COLS], tl.float32)
-        mean = _load(mean_ptr, channel, known)[None, :]
+    dscale = dbias
     for tile in range(part, tiles, parts):
         at, inside, _ = _reduced_tile(tile, group, outer, channels, width, COLUMNS, ROWS, COLS)
         dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -381,19 +381,19 @@ def _mapped_tile(rows, channels, inner, steps, COLUMNS, STEP, ROWS, COLS):
     width = tl.cast(steps, tl.int64) * STEP
     across = tl.cdiv(width, COLS).to(tl.int32)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    row = tile // across * ROWS
+    row = tl.cast(tile // across, tl.int64) * ROWS
     col = tl.cast(tile % across, tl.int64) * COLS
     r = tl.arange(0, ROWS)[:, None]
     c = tl.arange(0, COLS)[None, :]
-    in_rows = r < rows - row
+    in_rows = r < tl.minimum(rows - row, ROWS).to(tl.int32)
     in_cols = c < tl.minimum(width - col, COLS).to(tl.int32)
     if COLUMNS:
-        channel = (col + c) // inner
+        channel = (col.to(tl.int32) + c) // inner  # not in 64 bits, where a division is slow
         known = in_cols
     else:
-        channel = (row + r) % channels
+        channel = (row.to(tl.int32) + r) % channels
         known = in_rows
-    return tl.cast(row, tl.int64) * width + col + r * width + c, in_rows & in_cols, channel, known
+    return row * width + col + r * width + c, in_rows & in_cols, channel, known
 
 
 @triton.jit
@@ -517,7 +517,7 @@ def _backward(
     if sums_for_dx or wants_dweight or wants_dbias:
         if sums_for_dx or wants_dweight:
             dscale = _per_channel(x)
-        if wants_dweight:
+        if weight is not None and wanted[1]:
             dweight = _per_channel(x, weight.dtype) if weight.dtype != torch.float32 else dscale
         dbias = _per_channel(x)
         _sum(dy, x, dbias, dscale, None if dweight is dscale else dweight, statistics, evaluates)
@@ -620,7 +620,7 @@ def _reduction(x: Tensor, tile: int) -> _Reduction:
     across = cdiv(width, cols)
     down = cdiv(outer, rows)
     groups, tiles = (across, down) if columns else (channels, across * down)
-    share = x.numel() * x.element_size() // (groups * SHARE_BYTES)
+    share = outer * channels * inner * x.element_size() // (groups * SHARE_BYTES)
     # Rounded down: one program more than fit at once would take as long as all the others.
     parts = min(PROGRAMS * multiprocessors(x) // groups, share, tiles)
     parts = max(1, min(parts, MAX_PARTIALS // inner if columns else MAX_PARTIALS))

@@ -46,7 +46,7 @@ def _cross_entropy_fwd_kernel(
 ):
     tile = tl.program_id(0)
     row, start, inside = tile_rows(tile, rows, cols, inner, STRIDED, ROWS)
-    row_max, log_sum, pivot, inner_product, mass = _row_sums(
+    row_max, log_sum, spread, mass = _row_sums(
         x_ptr,
         target_ptr,
         weight_ptr,
@@ -64,8 +64,6 @@ def _cross_entropy_fwd_kernel(
     )
     tl.store(row_max_ptr + row, row_max, mask=inside)
     tl.store(log_sum_ptr + row, log_sum, mask=inside)
-    # sum of c (m + log_sum - x), in which no digits of large scores are lost
-    spread = (row_max - pivot + log_sum) * mass - inner_product
     if PROBABILITIES:
         tl.store(mass_ptr + row, mass, mask=inside)
         loss = spread
@@ -98,7 +96,7 @@ def _row_sums(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Of each row: maximum m, log(sum(exp(x - m))), a pivot, sum(c (x - pivot)) and sum(c).
+    """Of each row: maximum, log(sum(exp(x - maximum))), sum(-c log p) and sum(c).
 
     c are the classes' coefficients in the loss, but for the one of an index target.
     """
@@ -113,8 +111,9 @@ def _row_sums(
         c = _coefficients(
             target_ptr, weight_ptr, offset, 0, mask, cols, smoothing, PROBABILITIES, SMOOTHED, COLS
         )
-        products = tl.where(mask, c * (x - row_max[:, None]), 0.0)  # padding would be 0 * inf
-        return row_max, log_sum, row_max, tl.sum(products, axis=1), tl.sum(c, axis=1)
+        log_p = x - row_max[:, None] - log_sum[:, None]
+        spread = tl.where(mask, -c * log_p, 0.0)  # padding would be 0 * inf
+        return row_max, log_sum, tl.sum(spread, axis=1), tl.sum(c, axis=1)
     else:
         cols = cols.to(tl.int64)  # the counter of the loop may step past 2**31
         first_x = tl.load(x_ptr + start, mask=inside, other=0.0).to(tl.float32)
@@ -146,7 +145,10 @@ def _row_sums(
                 coefficients += c
         row_max = tl.max(m, axis=1)
         log_sum = tl.log(tl.sum(s * tl.exp(m - row_max[:, None]), axis=1))
-        return row_max, log_sum, pivot, tl.sum(products, axis=1), tl.sum(coefficients, axis=1)
+        mass = tl.sum(coefficients, axis=1)
+        # -c (x - m - log_sum) added up, of which only x - pivot was known on the way
+        spread = (row_max - pivot + log_sum) * mass - tl.sum(products, axis=1)
+        return row_max, log_sum, spread, mass
 
 
 @triton.jit
@@ -204,8 +206,9 @@ def _store_loss(
 ):
     if REDUCED:
         partial = partial_ptr + 2 * tile.to(tl.int64)
-        tl.store(partial, tl.sum(tl.where(inside, loss, 0.0), axis=0))
-        tl.store(partial + 1, tl.sum(row_weight, axis=0))
+        # float64: terms of either sign may leave little, and there are few of them
+        tl.store(partial, tl.sum(tl.where(inside, loss, 0.0).to(tl.float64), axis=0))
+        tl.store(partial + 1, tl.sum(row_weight.to(tl.float64), axis=0))
     else:
         tl.store(loss_ptr + row, loss, mask=inside)
         tl.store(total_ptr, 0.0, mask=tile == 0)
@@ -217,8 +220,8 @@ def _total_loss_kernel(
 ):
     """One program: the partial losses and divisors added up, always in the same order."""
     i = tl.arange(0, BLOCK)
-    losses = tl.zeros([BLOCK], tl.float32)
-    weights = tl.zeros([BLOCK], tl.float32)
+    losses = tl.zeros([BLOCK], tl.float64)
+    weights = tl.zeros([BLOCK], tl.float64)
     for first in range(0, n, BLOCK):
         mask = i < n - first
         here = partial_ptr + 2 * (first + i)
@@ -226,10 +229,10 @@ def _total_loss_kernel(
         weights += tl.load(here + 1, mask=mask, other=0.0)
     loss, total = tl.sum(losses, axis=0), tl.sum(weights, axis=0)
     if MEAN:
-        tl.store(loss_ptr, loss / total)
-        tl.store(total_ptr, total)
+        tl.store(loss_ptr, (loss / total).to(tl.float32))
+        tl.store(total_ptr, total.to(tl.float32))
     else:
-        tl.store(loss_ptr, loss)
+        tl.store(loss_ptr, loss.to(tl.float32))
         tl.store(total_ptr, 0.0)
 
 
@@ -585,7 +588,7 @@ def _loss_tensors(x: Tensor, reduction: str, programs: int) -> tuple[Tensor, Ten
     total = torch.empty((), dtype=torch.float32, device=x.device)
     if reduction == "none":
         return loss, total, None
-    return loss, total, torch.empty((programs, 2), dtype=torch.float32, device=x.device)
+    return loss, total, torch.empty((programs, 2), dtype=torch.float64, device=x.device)
 
 
 def _in_order(x: Tensor) -> Tensor:

@@ -1,0 +1,216 @@
+"""Bytes and launches of every kernel, counted in the interpreter, against the least there can be.
+
+An access counts the distinct addresses that it touches: lanes that read one number together read it
+once. What is counted is what the multiprocessors ask of the caches, so a second pass over a row
+counts in full although it mostly hits L2.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pieces import PIECES
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchref.triton_kernels import (
+    _launch,
+    batch_norm,
+    cross_entropy,
+    dropout,
+    linear,
+    loss,
+    softmax,
+)
+
+pytestmark = pytest.mark.skipif(not _launch.INTERPRETED, reason="counts in the interpreter only")
+
+N, C = 64, 1024
+X, DY = torch.randn(N, C), torch.randn(N, C)
+NCHW, NHWC = torch.randn(8, 16, 16, 32), torch.randn(8, 16, 32, 16).movedim(-1, 1)
+TARGET, WEIGHT = torch.randint(0, C, (N,)), torch.rand(C)
+ROWS, CHANNELS = torch.rand(N), torch.rand(16) + 0.5
+ONE = torch.ones(())
+SEED = torch.tensor(3)
+
+# What the table in the kernels' docstrings promises: launches, and elements moved for each of x.
+CASES: dict[str, tuple[Callable[[], Any], int, float]] = {
+    "dropout": (lambda: dropout.dropout_fwd(X, 0.5, 0.5, False), 2, 2),  # with the seed's
+    "dropout backward": (lambda: dropout.dropout_bwd(DY, SEED, 0.5, 0.5), 1, 2),
+    "softmax": (lambda: softmax.softmax_fwd(X, 1), 1, 2),
+    "softmax backward": (lambda: softmax.softmax_bwd(DY, X, 1), 1, 3),
+    "softmax, strided": (lambda: softmax.softmax_fwd(NCHW, 1), 1, 2),
+    "log-softmax backward": (lambda: softmax.log_softmax_bwd(DY, X, 1), 1, 3),
+    "cross-entropy": (
+        lambda: cross_entropy.cross_entropy_fwd(X, TARGET, None, "mean", -100, None),
+        2,
+        1,
+    ),
+    "cross-entropy, smoothed and weighted": (
+        lambda: cross_entropy.cross_entropy_fwd(X, TARGET, WEIGHT, "mean", -100, 0.1),
+        2,
+        1 + 1 / 2,  # two rows in a tile share one reading of the weights, which stay in L1
+    ),
+    "cross-entropy backward": (
+        lambda: cross_entropy.cross_entropy_bwd(
+            ONE, X, TARGET, None, ROWS, ROWS, ONE, "mean", -100, None
+        ),
+        1,
+        2,
+    ),
+    "cross-entropy, probabilities": (
+        lambda: cross_entropy.probability_cross_entropy_fwd(X, DY, None, "mean", None),
+        2,
+        2,
+    ),
+    "cross-entropy, probabilities, backward": (
+        lambda: cross_entropy.probability_cross_entropy_bwd(
+            ONE, X, DY, None, ROWS, ROWS, ROWS, "mean", None
+        ),
+        1,
+        3,
+    ),
+    "cross-entropy, gradient of probabilities": (
+        lambda: cross_entropy.probability_cross_entropy_target_bwd(
+            ONE, X, DY, None, ROWS, ROWS, "mean", None
+        ),
+        1,
+        2,
+    ),
+    "nll": (lambda: cross_entropy.nll_loss_fwd(X, TARGET, None, "mean", -100), 2, 0),
+    "nll backward": (
+        lambda: cross_entropy.nll_loss_bwd(ONE, X, TARGET, None, ONE, "mean", -100),
+        1,
+        1,
+    ),
+    "mse": (lambda: loss.mse_loss_fwd(X, DY, "mean"), 2, 2),
+    "mse, not reduced": (lambda: loss.mse_loss_fwd(X, DY, "none"), 1, 3),
+    "mse backward": (lambda: loss.mse_loss_bwd(ONE, X, DY, "mean"), 1, 3),
+    "l1 backward, not reduced": (lambda: loss.l1_loss_bwd(X, X, DY, "none"), 1, 4),
+    "bce with logits, weights": (
+        lambda: loss.bce_with_logits_loss_fwd(X, DY, X, DY, "sum"),
+        2,
+        4,
+    ),
+    "bias gradient": (lambda: linear.linear_bias_bwd(DY), 1, 1),
+}
+for layout, x, launches in (("NCHW", NCHW, 2), ("NHWC", NHWC, 3)):  # of which one merges parts
+    parameters = (CHANNELS, CHANNELS, CHANNELS, CHANNELS)
+    CASES |= {
+        f"batch norm, {layout}": (
+            lambda x=x, p=parameters: batch_norm.batch_norm_fwd(x, *p, 0.1, 1e-5, True),
+            launches,
+            3,
+        ),
+        f"batch norm backward, {layout}": (
+            lambda x=x: batch_norm.batch_norm_bwd(x, x, *[CHANNELS] * 3, (True,) * 3),
+            launches,
+            5,
+        ),
+        f"batch norm evaluation, {layout}": (
+            lambda x=x, p=parameters: batch_norm.batch_norm_eval_fwd(x, *p, 1e-5),
+            1,
+            2,
+        ),
+        f"batch norm evaluation backward, dx alone, {layout}": (
+            lambda x=x: batch_norm.batch_norm_eval_bwd(
+                x, x, *[CHANNELS] * 3, 1e-5, (True, False, False)
+            ),
+            1,
+            2,
+        ),
+    }
+
+
+@dataclass
+class Traffic(TorchDispatchMode):
+    """The launches and the bytes of a call, torch's own among them."""
+
+    launches: list[str] = field(default_factory=list)
+    accesses: int = 0
+
+    def __post_init__(self):
+        super().__init__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func._schema.name.startswith(("aten::empty", "aten::detach")) and not func.is_view:
+            self.launches.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+    def counts(self, access, has_value: bool):
+        def counted(builder, pointers, *rest):
+            mask = rest[1] if has_value else rest[0]
+            addresses = np.unique(pointers.data[np.broadcast_to(mask.data, pointers.data.shape)])
+            self.accesses += addresses.size * pointers.get_element_ty().primitive_bitwidth // 8
+            return access(builder, pointers, *rest)
+
+        return counted
+
+
+@pytest.fixture
+def traffic(monkeypatch):
+    from triton.runtime.interpreter import InterpreterBuilder as Builder
+
+    counter = Traffic()
+    run = _launch._run
+
+    def counted(kernel, *call):
+        counter.launches.append(kernel.fn.__name__)
+        with torch.utils._python_dispatch._disable_current_modes():
+            run(kernel, *call)
+
+    monkeypatch.setattr(_launch, "_run", counted)
+    for name, has_value in (("create_masked_load", False), ("create_masked_store", True)):
+        access = counter.counts(getattr(Builder, name), has_value)
+        monkeypatch.setattr(Builder, name, access)
+    return counter
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bytes_and_launches(name, traffic):
+    call, launches, elements = CASES[name]
+    with traffic:
+        call()
+    assert len(traffic.launches) == launches, traffic.launches
+    # Of the rest, a few numbers for each row, channel or program: less than a twentieth of x.
+    moved = traffic.accesses / X.element_size() / X.numel()
+    assert elements <= moved < elements + 0.06, (moved, traffic.launches)
+
+
+@pytest.mark.parametrize(
+    "piece", [p for p in PIECES if len(p.inputs(torch.float32)) == 1], ids=lambda p: p.name
+)
+def test_pieces_of_one_tensor_move_two_elements_and_three(piece, traffic):
+    x = X.clone().requires_grad_()
+    y = piece.ours(x)
+    assert len(traffic.launches) == 1
+    assert 2 <= traffic.accesses / X.nbytes < 2.06
+    traffic.accesses = 0
+    y.backward(DY)
+    assert len(traffic.launches) == 2
+    elements = 2 if piece.name == "dropout" else 3
+    assert elements <= traffic.accesses / X.nbytes < elements + 0.06
+
+
+def test_rows_wider_than_a_tile_are_read_twice(traffic, monkeypatch):
+    monkeypatch.setattr(softmax, "WIDEST_FWD", 16)
+    monkeypatch.setattr(softmax, "WIDEST_BWD", 16)
+    for call, elements in (
+        (lambda: softmax.softmax_fwd(X, 1), 3),
+        (lambda: softmax.softmax_bwd(DY, X, 1), 5),
+        (lambda: softmax.log_softmax_bwd(DY, X, 1), 4),  # the sum is of dy alone
+    ):
+        traffic.accesses = 0
+        call()
+        assert traffic.accesses == elements * X.numel() * X.element_size()
+
+
+def test_split_batch_norm_takes_one_launch_more(traffic, monkeypatch):
+    monkeypatch.setattr(batch_norm, "SHARE_BYTES", 4096)
+    x = torch.randn(8, 2, 64, 64)
+    with traffic:
+        _, mean, rstd = batch_norm.batch_norm_fwd(x, None, None, None, None, 0.1, 1e-5, True)
+        batch_norm.batch_norm_bwd(x, x, None, mean, rstd, (True, False, False))
+    assert len(traffic.launches) == 6

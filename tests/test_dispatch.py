@@ -82,6 +82,34 @@ def test_reasons_without_a_gpu(monkeypatch):
     assert "not installed" in dispatch.why_no_kernels()
 
 
+def test_a_fallback_is_said_once(monkeypatch):
+    find_kernel = dispatch.find_kernel.__wrapped__
+    dispatch._say_once.cache_clear()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.warns(UserWarning, match="formulas run instead.*triton is not installed"):
+        assert find_kernel("softmax", "softmax_fwd") is None
+    assert find_kernel("softmax", "softmax_bwd") is None  # warnings are errors here
+
+
+def test_a_gpu_that_is_too_old_is_said_once(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla V100")
+    dispatch._serves.cache_clear()
+    with pytest.warns(UserWarning, match=r"Tesla V100 is older.*capability 8\.0"):
+        assert not dispatch._serves(0)
+    assert not dispatch._serves(0)
+    dispatch._serves.cache_clear()
+
+
+def test_what_kernels_take():
+    x = torch.ones(2)
+    assert dispatch.kernel_takes((x, None, 0.5))
+    assert dispatch.kernel_takes((x.half(), torch.tensor([1]), True))
+    for other in (x.double(), x.long(), x.bool(), x.to(torch.complex64), torch.empty(0)):
+        assert not dispatch.kernel_takes((other,))
+    assert not dispatch.kernel_takes((x, torch.empty(0, 3)))
+
+
 def test_backward_keeps_what_forward_chose(monkeypatch):
     """In whatever thread autograd runs it, and whatever the choice is by then."""
     seen = []

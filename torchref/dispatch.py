@@ -207,7 +207,10 @@ def reads_values(*tensors: Tensor) -> bool:
 def find_kernel(module: str, name: str) -> Callable[..., Any] | None:
     """The launcher ``name`` in ``torchref.triton_kernels.<module>``, or None if there is none."""
     path = f"torchref.triton_kernels.{module}"
-    if importlib.util.find_spec("triton") is None or importlib.util.find_spec(path) is None:
+    if importlib.util.find_spec("triton") is None:
+        _say_once(str(why_no_kernels()))
+        return None
+    if importlib.util.find_spec(path) is None:
         return None
     return getattr(importlib.import_module(path), name, None)
 
@@ -248,8 +251,13 @@ def _serves(index: int) -> bool:
     """Whether kernels run on a GPU; where they do not, that is said once."""
     reason = _why_not_on(index)
     if reason is not None:
-        warnings.warn(f"torchref: formulas run instead of Triton kernels: {reason}", stacklevel=5)
+        _say_once(reason)
     return reason is None
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    warnings.warn(f"torchref: formulas run instead of Triton kernels: {reason}", stacklevel=2)
 
 
 def explain() -> str:

@@ -147,7 +147,7 @@ def _run(
             _convert(function, dtype)
     args = [_fresh(x, dtypes) if isinstance(x, Tensor) else x for x in inputs]
     kwargs = {k: _fresh(x, dtypes) if isinstance(x, Tensor) else x for k, x in kwargs.items()}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(_gpus(args)):
         torch.manual_seed(seed)
         output = function(*args, **kwargs)
         outputs = list(output) if isinstance(output, tuple | list) else [output]
@@ -177,6 +177,11 @@ def _run(
             yield f"gradient of {name}", parameter.grad
         for name, buffer in function.named_buffers(remove_duplicate=False):
             yield f"buffer {name}", buffer
+
+
+def _gpus(args: list[Any]) -> list[int]:
+    """Those whose random numbers a call may draw; the CPU's state is kept in any case."""
+    return sorted({x.get_device() for x in args if isinstance(x, Tensor) and x.is_cuda})
 
 
 def _fresh(x: Tensor, dtypes: Sequence[torch.dtype]) -> Tensor:

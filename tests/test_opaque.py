@@ -23,16 +23,20 @@ def afresh():
     torch._dynamo.reset()  # its limit of recompilations counts for all tests together
 
 
-def graphs_of(function, *inputs):
-    """The output and gradients under torch.compile, and the graphs that went to the compiler."""
-    graphs = []
+def keeping(graphs):
+    """A compiler that keeps the graphs of forward and backward, and runs them as they are."""
 
     def compiler(graph, example_inputs):
         graphs.append(graph)
         return make_boxed_func(graph.forward)
 
-    backend = aot_autograd(fw_compiler=compiler)
-    y = torch.compile(function, fullgraph=True, backend=backend)(*inputs)
+    return aot_autograd(fw_compiler=compiler)
+
+
+def graphs_of(function, *inputs):
+    """The output and gradients under torch.compile, and the graphs that went to the compiler."""
+    graphs = []
+    y = torch.compile(function, fullgraph=True, backend=keeping(graphs))(*inputs)
     xs = [x for x in inputs if x.requires_grad]
     return y, torch.autograd.grad(y.sum(), xs), graphs
 
@@ -81,6 +85,36 @@ def test_traced_layouts_are_those_that_kernels_give(layout, dynamic):
     for size in (6, 8):
         x = layout(torch.randn(3, 4, size, 6))
         torch.testing.assert_close(compiled(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+SIZED = {
+    "gelu": lambda f, x, target: f.gelu(x),
+    "softmax": lambda f, x, target: f.softmax(x, 1),
+    "softmax, strided": lambda f, x, target: f.softmax(x, 0),
+    "cross_entropy": lambda f, x, target: f.cross_entropy(x, target, label_smoothing=0.1),
+    "probabilities": lambda f, x, target: f.cross_entropy(x, x.detach()),
+    "nll_loss": lambda f, x, target: f.nll_loss(x, target),
+    "mse_loss": lambda f, x, target: f.mse_loss(x, x.detach() + 1),
+    "batch_norm": lambda f, x, target: f.batch_norm(x, None, None, training=True),
+    "dropout": lambda f, x, target: f.dropout(x, 0.4),
+    "linear": lambda f, x, target: f.linear(x, x * 2, x[:, 0] + 1),
+}
+
+
+@forced
+@pytest.mark.parametrize("name", SIZED)
+def test_one_graph_serves_every_size(name):
+    """Nothing that a launcher works out for its launch may fix a traced size."""
+    graphs = []
+
+    def function(x, target):
+        return SIZED[name](torchref.nn.functional, x, target)
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=keeping(graphs))
+    for shape in ((6, 8), (7, 9), (12, 33), (40, 50)):  # below what changes the kernel's path
+        x = torch.randn(shape, requires_grad=True)
+        compiled(x, torch.randint(0, shape[1], shape[:1])).sum().backward()
+    assert len(graphs) == 2
 
 
 @forced

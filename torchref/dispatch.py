@@ -161,11 +161,16 @@ def accelerated(
 
 
 def kernel_takes(args: tuple[Any, ...]) -> bool:
-    """Whether kernels are written for such arguments: float64 and integers are for the formula."""
+    """Whether kernels are written for such arguments.
+
+    Float64 and integers are for the formula, and so is what torch refuses, tensors on two devices.
+    """
     x = args[0]
     if x.dtype not in KERNEL_DTYPES or (x.is_cuda and not _serves(x.device.index)):
         return False
-    return all(arg.numel() for arg in args if isinstance(arg, Tensor))
+    return all(
+        arg.numel() and arg.device == x.device for arg in args[1:] if isinstance(arg, Tensor)
+    ) and bool(x.numel())
 
 
 def differentiates_forward() -> bool:

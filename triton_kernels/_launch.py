@@ -134,6 +134,12 @@ def power_of_2(n: int, least: int, most: int) -> int:
     return min(most, max(least, 1 << (n - 1).bit_length()))
 
 
+def divisor(n: int, reduction: str) -> float:
+    """What the sum of n losses is divided by."""
+    # as in power_of_2: float() would fix a traced size
+    return float(n) if reduction == "mean" and not isinstance(n, torch.SymInt) else 1.0
+
+
 def multiprocessors(x: Tensor) -> int:
     """How many of them the device of ``x`` has."""
     if x.device.type == "cpu":  # in the interpreter: few, so that small tests take several programs

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import cdiv, launch, power_of_2
+from ._launch import cdiv, divisor, launch, power_of_2
 from ._layout import is_dense, laid_out_as
 from ._rows import rows_along, tile_offsets, tile_rows, tiles_across, tiles_down
 from .softmax import WIDEST_BWD, WIDEST_FWD, online
@@ -443,7 +443,7 @@ def probability_cross_entropy_bwd(
 ) -> Tensor:
     x = _in_order(x)
     saved = (laid_out_as(target, x), _contiguous(weight), row_max, log_sum, mass)
-    scalars = (_rows_of_a_mean(row_max, reduction), smoothing or 0.0)
+    scalars = (divisor(row_max.numel(), reduction), smoothing or 0.0)
     flags = {"OF_TARGET": False, "SMOOTHED": smoothing is not None}
     kernel = _probability_cross_entropy_bwd_kernel
     return _backward(kernel, dy, x, saved, scalars, reduction, flags)
@@ -461,7 +461,7 @@ def probability_cross_entropy_target_bwd(
 ) -> Tensor:
     x = _in_order(x)
     saved = (None, _contiguous(weight), row_max, log_sum, None)
-    scalars = (_rows_of_a_mean(row_max, reduction), smoothing or 0.0)
+    scalars = (divisor(row_max.numel(), reduction), smoothing or 0.0)
     flags = {"OF_TARGET": True, "SMOOTHED": smoothing is not None}
     kernel = _probability_cross_entropy_bwd_kernel
     return _backward(kernel, dy, x, saved, scalars, reduction, flags)
@@ -608,7 +608,3 @@ def _class_dim(x: Tensor) -> int:
 
 def _without_classes(x: Tensor) -> list[int]:
     return [size for d, size in enumerate(x.shape) if d != _class_dim(x)]
-
-
-def _rows_of_a_mean(row_max: Tensor, reduction: str) -> float:
-    return float(row_max.numel()) if reduction == "mean" else 1.0

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import cdiv, launch
+from ._launch import cdiv, divisor, launch
 from ._layout import laid_out_as, packed
 from ._sums import total
 
@@ -244,7 +244,7 @@ def _forward(
         loss = torch.empty(programs, dtype=torch.float32, device=x.device)
     flags = {"MATH": math, "REDUCED": reduction != "none", "BLOCK": block}
     launch(_loss_fwd_kernel, programs, x, *operands, loss, n, **flags)
-    return loss if reduction == "none" else total(loss, x, _divisor(x, reduction))
+    return loss if reduction == "none" else total(loss, x, divisor(n, reduction))
 
 
 def _backward(
@@ -263,14 +263,10 @@ def _backward(
     d = torch.empty_like(x)
     n, block = x.numel(), BYTES // x.element_size()
     flags = {"MATH": math, "REDUCED": reduction != "none", "BLOCK": block}
-    scalars = (n, _divisor(x, reduction))
+    scalars = (n, divisor(n, reduction))
     launch(_loss_bwd_kernel, cdiv(n, block), dy, x, *operands, d, *scalars, **flags)
     return d
 
 
 def _laid_out(x: Tensor, *operands: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else laid_out_as(t, x) for t in operands]
-
-
-def _divisor(x: Tensor, reduction: str) -> float:
-    return float(x.numel()) if reduction == "mean" else 1.0

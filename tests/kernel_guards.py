@@ -27,6 +27,9 @@ class Arena:
         margin = GUARD // dtype.itemsize
         memory = REAL_EMPTY(extent + 2 * margin, dtype=dtype, device=device)
         memory.fill_(POISON[dtype.is_floating_point])
+        if dtype.is_floating_point:  # other NaN in each block: one copied onto another would show
+            integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+            memory.view(integer).add_(1 + len(self.blocks))
         self.blocks.append((memory, memory.clone()))
         # not a view to autograd, as what the real torch.empty returns is none
         blank = REAL_EMPTY(0, dtype=dtype, device=device)

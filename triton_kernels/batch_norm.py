@@ -101,9 +101,12 @@ def _batch_norm_stats_kernel(
         )
     else:
         partial_ptr += column * parts + part
-        tl.store(partial_ptr, mean, mask=known)
-        tl.store(partial_ptr + columns * parts, m2, mask=known)
-        tl.store(partial_ptr + 2 * columns * parts, tl.zeros_like(mean) + n, mask=known)
+        size = columns * parts
+        # In two numbers, whose sum would be rounded: a large mean would lose its last digits.
+        tl.store(partial_ptr, pivot, mask=known)
+        tl.store(partial_ptr + size, shift, mask=known)
+        tl.store(partial_ptr + 2 * size, m2, mask=known)
+        tl.store(partial_ptr + 3 * size, tl.zeros_like(mean) + n, mask=known)
 
 
 @triton.jit
@@ -125,10 +128,12 @@ def _batch_norm_merge_stats_kernel(
     partial_ptr += channel * partials
     i = tl.arange(0, BLOCK)
     inside = i < partials
-    first = tl.load(partial_ptr)  # means are merged as distances from it, which are small
+    # Means are merged as distances from the first of them, which are small.
+    first = tl.load(partial_ptr) + tl.load(partial_ptr + size)
     shift = tl.load(partial_ptr + i, mask=inside, other=0.0) - first
-    m2 = tl.load(partial_ptr + size + i, mask=inside, other=0.0)
-    n = tl.load(partial_ptr + 2 * size + i, mask=inside, other=0.0)
+    shift += tl.load(partial_ptr + size + i, mask=inside, other=0.0)
+    m2 = tl.load(partial_ptr + 2 * size + i, mask=inside, other=0.0)
+    n = tl.load(partial_ptr + 3 * size + i, mask=inside, other=0.0)
     total = tl.sum(n, axis=0)
     mean = tl.sum(n * shift, axis=0) / total
     m2 += n * (shift - mean) * (shift - mean)
@@ -426,7 +431,7 @@ def batch_norm_fwd(
     share = (0.0, momentum) if isinstance(momentum, Tensor) else (float(momentum), None)
     results = (mean, rstd, *moved, *share, eps, correction)
     plan = _reduction(x, STATS_TILE)
-    partial = plan.partial_results(3, x)
+    partial = plan.partial_results(4, x)
     sizes = (plan.outer, plan.channels, plan.steps, plan.groups, plan.parts, plan.tiles)
     launch(
         _batch_norm_stats_kernel,

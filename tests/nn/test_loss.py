@@ -38,6 +38,32 @@ def test_empty(name, reduction):
 
 
 @pytest.mark.parametrize("name", ["mse_loss", "l1_loss"])
+def test_nan_and_infinities(name):
+    x = torch.tensor([float("nan"), float("inf"), -float("inf"), 2.0], requires_grad=True)
+    f, g = getattr(ours, name), getattr(theirs, name)
+    assert_parity(f, g, x, torch.ones(4), reduction="none")
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("name", ["mse_loss", "l1_loss", BCE, LOGITS])
+@pytest.mark.parametrize("layout", ["channels_last", "transposed", "strided"])
+def test_layouts(layout, name, reduction):
+    x, target = pair(name, 2, 3, 4, 6)
+    with torch.no_grad():
+        x = {
+            "channels_last": x.contiguous(memory_format=torch.channels_last),
+            "transposed": x.transpose(1, 3),
+            "strided": x[..., ::2],
+        }[layout].detach()
+        target = target.transpose(1, 3) if layout == "transposed" else target[..., : x.shape[-1]]
+    inputs = x.requires_grad_(), target.detach().requires_grad_()
+    # torch's gradient of a target in another layout than x's takes x's
+    assert_parity(
+        getattr(ours, name), getattr(theirs, name), *inputs, reduction=reduction, strides=False
+    )
+
+
+@pytest.mark.parametrize("name", ["mse_loss", "l1_loss"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_weighted_distances(name, reduction):
     x, target = pair(name, 6, 4)

@@ -1,6 +1,5 @@
 """These tests run kernels: in Triton's interpreter (see tests/test_interpreted.py) or on a GPU."""
 
-
 import torchref
 
 if torchref.get_backend() != "triton":

@@ -13,6 +13,7 @@ DEVICE = os.environ.get("TORCHREF_TEST_DEVICE")  # where tests make their tensor
 
 if DEVICE is not None:
     torch.set_default_device(DEVICE)
+    torch.backends.cudnn.allow_tf32 = False  # convolutions would have three digits
 
 # Once in ten processes the first parallel exp in float64 has nine digits in its second half
 # (torch 2.13, CPU); every later one has sixteen.

@@ -2,6 +2,7 @@
 
 import pytest
 
+pytest.importorskip("numpy", reason="torch.testing._internal imports it")
 pytest.importorskip("expecttest", reason="torch.testing._internal imports it")
 
 from torch.testing._internal.common_methods_invocations import op_db

@@ -26,8 +26,10 @@ def scores(*shape: int) -> Callable[[torch.dtype], tuple[Tensor, ...]]:
 
 
 def _draw(shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool = True) -> Tensor:
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return x.to(dtype).requires_grad_(requires_grad)
+    # drawn on the CPU, so that every device sees the same numbers
+    generator = torch.Generator("cpu").manual_seed(0)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+    return x.to(torch.get_default_device(), dtype).requires_grad_(requires_grad)
 
 
 def _linear(dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -1,6 +1,7 @@
 """torch's own samples for its modules and functions, run through ours."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torchref.testing import assert_parity
 # the databases build tensors in ways that torch itself warns about
 pytestmark = pytest.mark.filterwarnings("ignore")
 
+DEVICE = os.environ.get("TORCHREF_TEST_DEVICE", "cpu")
 MODULES = {
     info.module_cls.__name__: info
     for info in module_db
@@ -53,7 +55,7 @@ def test_every_piece_is_in_the_databases():
 @pytest.mark.parametrize("name", MODULES)
 def test_modules(name, dtype, training):
     info = MODULES[name]
-    samples = info.module_inputs_func(info, "cpu", dtype, requires_grad=True, training=training)
+    samples = info.module_inputs_func(info, DEVICE, dtype, requires_grad=True, training=training)
     count = 0
     for sample in samples:
         made = sample.constructor_input
@@ -73,7 +75,7 @@ def test_modules(name, dtype, training):
 @pytest.mark.parametrize("name", [n for n, i in MODULES.items() if i.module_error_inputs_func])
 def test_module_errors(name):
     info = MODULES[name]
-    args = {"device": "cpu", "dtype": torch.float32, "requires_grad": False, "training": True}
+    args = {"device": DEVICE, "dtype": torch.float32, "requires_grad": False, "training": True}
     for case in info.module_error_inputs_func(info, **args):
         made, call = (
             case.module_error_input.constructor_input,
@@ -90,10 +92,10 @@ def test_functions(name, dtype):
         pytest.skip("a kernel's mask is its own: test_dropout_kernel.py")
     count = 0
     for info in op_db:
-        if info.name != OPS[name] or not info.supports_dtype(dtype, "cpu"):
+        if info.name != OPS[name] or not info.supports_dtype(dtype, DEVICE):
             continue
         theirs = getattr(torch.nn.functional, name)
-        for sample in info.sample_inputs("cpu", dtype, requires_grad=True):
+        for sample in info.sample_inputs(DEVICE, dtype, requires_grad=True):
             if name == "batch_norm" and sample.input.ndim < 2:
                 continue  # torch takes an empty tensor without channels
             args, kwargs = list(sample.args), dict(sample.kwargs)
@@ -114,7 +116,7 @@ def test_function_errors(name):
     for info in op_db:
         if info.name != OPS[name] or info.error_inputs_func is None:
             continue
-        for case in info.error_inputs("cpu"):
+        for case in info.error_inputs(DEVICE):
             sample = copy.copy(case.sample_input)
             with pytest.raises(case.error_type):
                 getattr(torchref.nn.functional, name)(sample.input, *sample.args, **sample.kwargs)

@@ -8,6 +8,7 @@ from torchref.testing import assert_parity
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 REDUCTIONS = ["mean", "sum", "none"]
+NAN = float("nan")
 BCE, LOGITS = "binary_cross_entropy", "binary_cross_entropy_with_logits"
 
 
@@ -139,6 +140,16 @@ def test_the_courses_half_squared_error():
     torch.testing.assert_close(b.grad, slope.detach())
 
 
+@pytest.mark.cpu  # on a GPU ours does not look, and torch's assertion ends the process
+def test_values_outside_0_and_1():
+    p = torch.rand(3)
+    for which, args in (("input", (p + 1, p)), ("target", (p, p - 1)), ("input", (p * NAN, p))):
+        with pytest.raises(RuntimeError, match=f"{BCE}: .*`{which}` between 0 and 1"):
+            ours.binary_cross_entropy(*args)
+        with pytest.raises(RuntimeError):
+            theirs.binary_cross_entropy(*args)
+
+
 def test_errors():
     p = torch.rand(3)
     learnt = torch.rand(3, requires_grad=True)
@@ -146,9 +157,6 @@ def test_errors():
         ("mse_loss", (p, p), {"reduction": "max"}, ValueError, "`reduction`.*'max'"),
         ("mse_loss", (p.long(), p.long()), {}, NotImplementedError, "int64"),
         (BCE, (p, p[:2]), {}, ValueError, r"`target`.*\(3,\), got \(2,\)"),
-        (BCE, (p + 1, p), {}, RuntimeError, "`input` between 0 and 1"),
-        (BCE, (p, p - 1), {}, RuntimeError, "`target` between 0 and 1"),
-        (BCE, (p * float("nan"), p), {}, RuntimeError, "`input` between 0 and 1"),
         (BCE, (p, p.double()), {}, RuntimeError, "one type"),
         (BCE, (p, p), {"weight": learnt}, RuntimeError, "no gradient for `weight`"),
         (LOGITS, (p, p[:2]), {}, ValueError, r"`target`.*\(3,\), got \(2,\)"),

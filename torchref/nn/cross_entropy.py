@@ -63,8 +63,8 @@ def cross_entropy(
 
     Raises:
         ValueError: the batch sizes differ, or ``reduction`` is none of the three.
-        IndexError: a target is out of range. Looked at on the CPU only; a Triton kernel makes the loss
-            and the gradient of that row NaN.
+        IndexError: a target is out of range. Looked at on the CPU only; a Triton kernel makes the
+            loss and the gradient of that row NaN.
         RuntimeError: another wrong shape or type, ``label_smoothing`` outside [0, 1],
             ``ignore_index`` with probability targets, or a ``weight`` that requires a gradient.
         NotImplementedError: ``input`` is not floating point.

@@ -152,7 +152,7 @@ def test_schemas_say_what_is_written():
 
 def test_an_operation_says_why_it_cannot_run(monkeypatch):
     monkeypatch.setattr(dispatch, "interprets", lambda: False)
-    with pytest.raises(RuntimeError, match="relu_fwd: the triton backend cannot run it: expected"):
+    with pytest.raises(RuntimeError, match="relu_fwd: the triton backend cannot run it: "):
         torch.ops.torchref.relu_fwd(torch.ones(2), False)
 
 

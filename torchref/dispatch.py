@@ -240,7 +240,7 @@ def _why_not(name: str, kernel: Callable[..., Any] | None, x: Tensor) -> str | N
     if kernel is None:
         return why_no_kernels() or f"{name} has no kernel yet"
     if not (x.is_cuda or interprets()):
-        return f"expected tensors on a CUDA or ROCm device, got {x.device}"
+        return why_no_kernels() or f"expected tensors on a CUDA or ROCm device, got {x.device}"
     return None
 
 

@@ -79,14 +79,9 @@ MARKS = {"sm_80": pytest.mark.slow, "sm_100": pytest.mark.slow}
 Row: TypeAlias = tuple[str, str]  # kernel and path
 # Bytes a thread that wait for a better tile; fewer are fine.
 KNOWN_SPILLS: dict[Row, int] = {
-    ("_batch_norm_dx_kernel", "batch_norm_bwd bf16 16x512x7x7"): 32,  # sm_90, sm_100
     ("_batch_norm_dx_kernel", "batch_norm_bwd bf16 64x1000"): 8,  # sm_100, Triton 3.6
     ("_batch_norm_dx_kernel", "batch_norm_bwd bf16 256x64x56x56 NHWC"): 8,  # likewise
     ("_batch_norm_sums_kernel", "batch_norm_bwd bf16 256x1024x14x14"): 8,  # sm_80, Triton 3.6
-    (
-        "_cross_entropy_fwd_kernel",
-        "probability_cross_entropy_fwd bf16 4096x50257 none weight smoothed",
-    ): 8,  # sm_100, Triton 3.9
 }
 
 

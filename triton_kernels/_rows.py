@@ -6,6 +6,7 @@ inner is 1 a row is a stretch of memory, otherwise (STRIDED) neighbouring rows a
 memory, so that loads are coalesced both ways and nothing is transposed.
 """
 
+import math
 from typing import NamedTuple
 
 import triton
@@ -21,6 +22,21 @@ class Rows(NamedTuple):
     rows: int
     cols: int
     inner: int
+
+    @property
+    def strided(self) -> bool:
+        return self.inner != 1
+
+    @property
+    def step(self) -> int:
+        """The greatest power of 2 up to 16 that divides what is contiguous."""
+        return math.gcd(self.inner if self.strided else self.cols, 16)
+
+    def arguments(self) -> tuple[int, int, int]:
+        """For a kernel, which multiplies what is contiguous by ``step``: see ``row_sizes``."""
+        if self.strided:
+            return self.rows, self.cols, self.inner // self.step
+        return self.rows, self.cols // self.step, self.inner
 
 
 def rows_along(x: Tensor, dim: int) -> Rows:
@@ -65,6 +81,26 @@ def _shape(x: Rows, widest: int) -> tuple[int, int]:
 
 def _down(x: Rows, height: int) -> int:
     return cdiv(x.rows, height) if x.inner == 1 else x.rows // x.inner * cdiv(x.inner, height)
+
+
+@triton.jit
+def row_sizes(cols, inner, STRIDED: tl.constexpr, STEP: tl.constexpr):
+    """The sizes of ``Rows.arguments``, so that the compiler knows that vectors are aligned.
+
+    The JIT knows it of multiples of 16 alone, and 1000 classes are none. In 64 bits: the counter of
+    a loop along a row may step past 2**31.
+    """
+    if STRIDED:
+        return tl.cast(cols, tl.int64), tl.cast(inner, tl.int64) * STEP
+    else:
+        return tl.cast(cols, tl.int64) * STEP, inner
+
+
+@triton.jit
+def columns_left(cols, first, COLS: tl.constexpr):
+    """Which columns of the tile from ``first`` on exist."""
+    # compared in 32 bits, which saves registers
+    return tl.arange(0, COLS) < tl.minimum(cols - first, COLS).to(tl.int32)
 
 
 @triton.jit

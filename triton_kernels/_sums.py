@@ -1,5 +1,7 @@
 """Sums over all elements or down the columns, in two steps and always in the same order."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -42,16 +44,25 @@ def _column_sums(x: Tensor, parts: int, width: int, dtype: torch.dtype) -> Tenso
     rows, cols = x.shape
     y = torch.empty((parts, cols), dtype=dtype, device=x.device)
     programs = parts * cdiv(cols, width)
-    args = (x, y, rows, cols, cdiv(rows, parts))
-    launch(_column_sums_kernel, programs, *args, ROWS=BLOCK_ROWS, COLS=width)
+    step = math.gcd(cols, 16)  # the kernel multiplies, to know that vectors are aligned
+    args = (x, y, rows, cols // step, cdiv(rows, parts))
+    launch(_column_sums_kernel, programs, *args, STEP=step, ROWS=BLOCK_ROWS, COLS=width)
     return y
 
 
 @triton.jit
 def _column_sums_kernel(
-    x_ptr, y_ptr, rows, cols, rows_of_part, ROWS: tl.constexpr, COLS: tl.constexpr
+    x_ptr,
+    y_ptr,
+    rows,
+    steps,
+    rows_of_part,
+    STEP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
 ):
     """A program sums COLS columns of one part of the rows into one row of y."""
+    cols = steps * STEP
     across = (cols + COLS - 1) // COLS
     part = (tl.program_id(0) // across).to(tl.int64)
     col = tl.program_id(0) % across * COLS + tl.arange(0, COLS)

@@ -570,9 +570,11 @@ def _map(kernel, x: Tensor, args: tuple, evaluates: bool) -> None:
     columns, outer, channels, inner = _seen_as(x)
     rows, width = (outer, channels * inner) if columns else (outer * channels, inner)
     elements = MAP_BYTES // x.element_size()
-    cols = power_of_2(width, 1, 64) if columns else _tile_cols(width, 1, 2048)
-    tile_rows = elements // cols
     step = math.gcd(width, 16)
+    if step * x.element_size() < 8:  # one address for each element would fill the registers
+        elements //= 4
+    cols = power_of_2(width, 1, 64) if columns else _tile_cols(width, 1, min(2048, elements))
+    tile_rows = elements // cols
     launch(
         kernel,
         cdiv(rows, tile_rows) * cdiv(width, cols),

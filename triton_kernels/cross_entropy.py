@@ -16,7 +16,15 @@ from torch import Tensor
 
 from ._launch import cdiv, divisor, launch, power_of_2
 from ._layout import is_dense, laid_out_as
-from ._rows import rows_along, tile_offsets, tile_rows, tiles_across, tiles_down
+from ._rows import (
+    columns_left,
+    row_sizes,
+    rows_along,
+    tile_offsets,
+    tile_rows,
+    tiles_across,
+    tiles_down,
+)
 from .softmax import WIDEST_BWD, WIDEST_FWD, online
 
 
@@ -41,9 +49,11 @@ def _cross_entropy_fwd_kernel(
     REDUCED: tl.constexpr,
     WHOLE: tl.constexpr,
     STRIDED: tl.constexpr,
+    STEP: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
+    cols, inner = row_sizes(cols, inner, STRIDED, STEP)
     tile = tl.program_id(0)
     row, start, inside = tile_rows(tile, rows, cols, inner, STRIDED, ROWS)
     row_max, log_sum, spread, mass = _row_sums(
@@ -103,7 +113,7 @@ def _row_sums(
     col = tl.arange(0, COLS)
     if WHOLE:
         offset = tile_offsets(start, col, inner, STRIDED)
-        mask = inside[:, None] & (col < cols)[None, :]
+        mask = inside[:, None] & columns_left(cols, 0, COLS)[None, :]
         # -inf is the identity of max and becomes 0 under exp, so padding adds nothing
         x = tl.load(x_ptr + offset, mask=mask, other=-float("inf")).to(tl.float32)
         row_max = tl.max(x, axis=1)
@@ -115,7 +125,6 @@ def _row_sums(
         spread = tl.where(mask, -c * log_p, 0.0)  # padding would be 0 * inf
         return row_max, log_sum, tl.sum(spread, axis=1), tl.sum(c, axis=1)
     else:
-        cols = cols.to(tl.int64)  # the counter of the loop may step past 2**31
         first_x = tl.load(x_ptr + start, mask=inside, other=0.0).to(tl.float32)
         pivot = tl.where(tl.abs(first_x) < float("inf"), first_x, 0.0)
         offset = tile_offsets(start, col, inner, STRIDED)
@@ -124,7 +133,7 @@ def _row_sums(
         products = tl.zeros([ROWS, COLS], tl.float32)
         coefficients = tl.zeros([ROWS, COLS], tl.float32)
         for first in range(0, cols, COLS):
-            mask = inside[:, None] & (col < cols - first)[None, :]
+            mask = inside[:, None] & columns_left(cols, first, COLS)[None, :]
             here = offset + first * inner
             x = tl.load(x_ptr + here, mask=mask, other=-float("inf")).to(tl.float32)
             m, s = online(m, s, x)
@@ -180,7 +189,7 @@ def _coefficients(
 def _weights(weight_ptr, first, cols, COLS: tl.constexpr):
     """The class weights of the columns from ``first`` on, as a row of the tile."""
     col = tl.arange(0, COLS)
-    weight = tl.load(weight_ptr + first + col, mask=col < cols - first, other=0.0)
+    weight = tl.load(weight_ptr + first + col, mask=columns_left(cols, first, COLS), other=0.0)
     return weight.to(tl.float32)[None, :]
 
 
@@ -256,10 +265,12 @@ def _cross_entropy_bwd_kernel(
     SMOOTHED: tl.constexpr,
     REDUCED: tl.constexpr,
     STRIDED: tl.constexpr,
+    STEP: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
     """Index targets: of scores, or (not SCORES) of log-probabilities, which are not read."""
+    cols, inner = row_sizes(cols, inner, STRIDED, STEP)
     row, inside, first, offset, mask = _tile(rows, cols, inner, STRIDED, ROWS, COLS)
     col = tl.arange(0, COLS)
     target, kept, valid = _targets(target_ptr, row, inside, cols, ignore_index)
@@ -304,10 +315,12 @@ def _probability_cross_entropy_bwd_kernel(
     SMOOTHED: tl.constexpr,
     REDUCED: tl.constexpr,
     STRIDED: tl.constexpr,
+    STEP: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
     """The gradient of the scores, or of the targets."""
+    cols, inner = row_sizes(cols, inner, STRIDED, STEP)
     row, inside, first, offset, mask = _tile(rows, cols, inner, STRIDED, ROWS, COLS)
     log_p = _log_p(x_ptr, row_max_ptr, log_sum_ptr, row, inside, offset, mask)
     if OF_TARGET:
@@ -332,7 +345,7 @@ def _tile(rows, cols, inner, STRIDED: tl.constexpr, ROWS: tl.constexpr, COLS: tl
     row, start, inside = tile_rows(program // across, rows, cols, inner, STRIDED, ROWS)
     first = (program % across).to(tl.int64) * COLS
     col = tl.arange(0, COLS)
-    mask = inside[:, None] & (col < tl.minimum(cols - first, COLS).to(tl.int32))[None, :]
+    mask = inside[:, None] & columns_left(cols, first, COLS)[None, :]
     return row, inside, first, tile_offsets(start, col, inner, STRIDED) + first * inner, mask
 
 
@@ -509,7 +522,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     view = rows_along(x, _class_dim(x))
     if probabilities or smoothing is not None:  # two more accumulators
-        cut = tiles_down(view, WIDEST_BWD, loop_warps=16)
+        cut = tiles_down(view, WIDEST_BWD, loop_warps=8)
     else:
         cut = tiles_down(view, WIDEST_FWD)
     shape = _without_classes(x)
@@ -529,14 +542,15 @@ def _forward(
         mass,
         total,
         partial,
-        *view,
+        *view.arguments(),
         ignore_index,
         smoothing or 0.0,
         PROBABILITIES=probabilities,
         SMOOTHED=smoothing is not None,
         REDUCED=partial is not None,
         WHOLE=cut.whole,
-        STRIDED=view.inner != 1,
+        STRIDED=view.strided,
+        STEP=view.step,
         ROWS=cut.ROWS,
         COLS=cut.COLS,
         num_warps=cut.num_warps,
@@ -570,11 +584,12 @@ def _backward(
         x,
         *saved,
         dx,
-        *view,
+        *view.arguments(),
         *scalars,
         **flags,
         REDUCED=reduction != "none",
-        STRIDED=view.inner != 1,
+        STRIDED=view.strided,
+        STEP=view.step,
         ROWS=cut.ROWS,
         COLS=cut.COLS,
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._launch import launch
 from ._layout import laid_out_as, packed
-from ._rows import rows_along, tile_offsets, tile_rows, tiles_down
+from ._rows import columns_left, row_sizes, rows_along, tile_offsets, tile_rows, tiles_down
 
 # Beyond, registers spill: a thread of 1024 has 64 of them.
 WIDEST_FWD = 32768
@@ -28,13 +28,15 @@ def _softmax_fwd_kernel(
     inner,
     LOG: tl.constexpr,
     STRIDED: tl.constexpr,
+    STEP: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
+    cols, inner = row_sizes(cols, inner, STRIDED, STEP)
     _, start, inside = tile_rows(tl.program_id(0), rows, cols, inner, STRIDED, ROWS)
     col = tl.arange(0, COLS)
     offset = tile_offsets(start, col, inner, STRIDED)
-    mask = inside[:, None] & (col < cols)[None, :]
+    mask = inside[:, None] & columns_left(cols, 0, COLS)[None, :]
     # -inf is the identity of max and becomes 0 under exp, so padding adds nothing
     x = tl.load(x_ptr + offset, mask=mask, other=-float("inf")).to(tl.float32)
     shifted = x - tl.max(x, axis=1)[:, None]
@@ -52,18 +54,19 @@ def _softmax_online_fwd_kernel(
     inner,
     LOG: tl.constexpr,
     STRIDED: tl.constexpr,
+    STEP: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
     """Maximum and sum in one pass, a pair for each place in the tile, joined at the end."""
+    cols, inner = row_sizes(cols, inner, STRIDED, STEP)
     _, start, inside = tile_rows(tl.program_id(0), rows, cols, inner, STRIDED, ROWS)
-    cols = cols.to(tl.int64)  # the counter of the loop may step past 2**31
     col = tl.arange(0, COLS)
     offset = tile_offsets(start, col, inner, STRIDED)
     m = tl.full([ROWS, COLS], -float("inf"), tl.float32)
     s = tl.zeros([ROWS, COLS], tl.float32)
     for first in range(0, cols, COLS):
-        mask = inside[:, None] & (col < cols - first)[None, :]
+        mask = inside[:, None] & columns_left(cols, first, COLS)[None, :]
         x = tl.load(
             x_ptr + offset + first * inner,
             mask=mask,
@@ -74,7 +77,7 @@ def _softmax_online_fwd_kernel(
     row_max = tl.max(m, axis=1)[:, None]
     total = tl.sum(s * tl.exp(m - row_max), axis=1)[:, None]
     for first in range(0, cols, COLS):
-        mask = inside[:, None] & (col < cols - first)[None, :]
+        mask = inside[:, None] & columns_left(cols, first, COLS)[None, :]
         here = offset + first * inner
         x = tl.load(x_ptr + here, mask=mask, other=0.0, eviction_policy="evict_first")
         shifted = x.to(tl.float32) - row_max
@@ -101,13 +104,15 @@ def _softmax_bwd_kernel(
     inner,
     LOG: tl.constexpr,
     STRIDED: tl.constexpr,
+    STEP: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
+    cols, inner = row_sizes(cols, inner, STRIDED, STEP)
     _, start, inside = tile_rows(tl.program_id(0), rows, cols, inner, STRIDED, ROWS)
     col = tl.arange(0, COLS)
     offset = tile_offsets(start, col, inner, STRIDED)
-    mask = inside[:, None] & (col < cols)[None, :]
+    mask = inside[:, None] & columns_left(cols, 0, COLS)[None, :]
     dy = tl.load(dy_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     y = tl.load(y_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     total = tl.sum(dy if LOG else dy * y, axis=1)[:, None]
@@ -125,16 +130,17 @@ def _softmax_online_bwd_kernel(
     inner,
     LOG: tl.constexpr,
     STRIDED: tl.constexpr,
+    STEP: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
+    cols, inner = row_sizes(cols, inner, STRIDED, STEP)
     _, start, inside = tile_rows(tl.program_id(0), rows, cols, inner, STRIDED, ROWS)
-    cols = cols.to(tl.int64)  # the counter of the loop may step past 2**31
     col = tl.arange(0, COLS)
     offset = tile_offsets(start, col, inner, STRIDED)
     sums = tl.zeros([ROWS, COLS], tl.float32)
     for first in range(0, cols, COLS):
-        mask = inside[:, None] & (col < cols - first)[None, :]
+        mask = inside[:, None] & columns_left(cols, first, COLS)[None, :]
         here = offset + first * inner
         dy = tl.load(dy_ptr + here, mask=mask, other=0.0, eviction_policy="evict_last")
         dy = dy.to(tl.float32)
@@ -144,7 +150,7 @@ def _softmax_online_bwd_kernel(
         sums += dy
     total = tl.sum(sums, axis=1)[:, None]
     for first in range(0, cols, COLS):
-        mask = inside[:, None] & (col < cols - first)[None, :]
+        mask = inside[:, None] & columns_left(cols, first, COLS)[None, :]
         here = offset + first * inner
         dy = tl.load(dy_ptr + here, mask=mask, other=0.0, eviction_policy="evict_first")
         y = tl.load(y_ptr + here, mask=mask, other=0.0, eviction_policy="evict_first")
@@ -193,9 +199,10 @@ def _launch_rows(kernels, tensors: tuple[Tensor, ...], dim: int, log: bool, wide
         kernels[0 if cut.whole else 1],
         cut.programs,
         *tensors,
-        *view,
+        *view.arguments(),
         LOG=log,
-        STRIDED=view.inner != 1,
+        STRIDED=view.strided,
+        STEP=view.step,
         ROWS=cut.ROWS,
         COLS=cut.COLS,
         num_warps=cut.num_warps,

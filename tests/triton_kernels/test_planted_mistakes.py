@@ -636,8 +636,8 @@ SHARED = [
         ),
         (
             "last rows of a bias gradient dropped",
-            "(x, y, rows, cols, cdiv(rows, parts))",
-            "(x, y, rows, cols, rows // parts)",
+            "cols // step, cdiv(rows, parts))",
+            "cols // step, rows // parts)",
             bias_gradient(151),
         ),
         (
@@ -778,10 +778,10 @@ SOFTMAX = [
         (
             "end of a wide row left out of its sum",
             "range(0, cols, COLS):\n"
-            "        mask = inside[:, None] & (col < cols - first)[None, :]\n"
+            "        mask = inside[:, None] & columns_left(cols, first, COLS)[None, :]\n"
             "        x = tl.load(\n",
             "range(0, cols // COLS * COLS, COLS):\n"
-            "        mask = inside[:, None] & (col < cols - first)[None, :]\n"
+            "        mask = inside[:, None] & columns_left(cols, first, COLS)[None, :]\n"
             "        x = tl.load(\n",
             parity("softmax", WIDE, dim=1),
         ),
@@ -1351,7 +1351,7 @@ BATCH_NORM = [
             "grid one program short",
             "cdiv(rows, tile_rows) * cdiv(width, cols)",
             "max(1, rows // tile_rows) * cdiv(width, cols)",
-            norm(TABLE),
+            norm(numbers(151, 3)),
         ),
         (
             "mask missing on the store",

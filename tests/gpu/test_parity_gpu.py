@@ -20,7 +20,7 @@ pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests"
 NO_KERNELS = {"test_init.py"}
-INTERPRETER_ONLY = {"test_planted_mistakes.py", "test_traffic.py"}
+INTERPRETER_ONLY = {"test_offsets.py", "test_planted_mistakes.py", "test_traffic.py"}
 FILES = [
     *sorted(p for p in (TESTS / "nn").glob("test_*.py") if p.name not in NO_KERNELS),
     *sorted(

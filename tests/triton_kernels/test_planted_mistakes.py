@@ -4,9 +4,7 @@ A mistake is a change to the text of one file. The kernels are copied with it, t
 through the copy between guards, and a check, which is what a test of the real kernels asserts,
 must fail that the unchanged kernels pass. Most mistakes were found in other kernel libraries.
 
-Not planted: offsets of 32 bits, which go wrong from 2**31 elements on. No kernel takes strides from
-its caller, so that a small tensor could stand for a large one, and memory for a large one is not to
-be had here.
+Not planted: offsets of 32 bits, which go wrong from 2**31 elements on: test_offsets.py looks for them.
 """
 
 import importlib

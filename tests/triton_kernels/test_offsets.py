@@ -1,0 +1,163 @@
+"""Offsets past 2**31, without the memory: where the outer programs of a huge launch read and write.
+
+Launchers run on meta tensors. Of each launch the interpreter runs the first program and the last,
+on pointers to nothing, with loads and stores that only note their addresses.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from torchref.triton_kernels import (
+    _launch,
+    activation,
+    batch_norm,
+    cross_entropy,
+    dropout,
+    loss,
+    softmax,
+)
+
+pytestmark = pytest.mark.skipif(not _launch.INTERPRETED, reason="looks into the interpreter")
+
+FIRST = 2**50  # the address of a tensor that is not there; the next one's is twice that
+
+
+class Nowhere(torch.Tensor):
+    """Stands for the memory of a meta tensor."""
+
+    address: int
+
+    def data_ptr(self):
+        return self.address
+
+
+def placed(x: torch.Tensor, address: int) -> Nowhere:
+    nowhere = torch.empty(1, dtype=x.dtype).as_subclass(Nowhere)
+    nowhere.address = address
+    return nowhere
+
+
+class OuterPrograms:
+    """Runs them, and keeps for each tensor the first and the last element that they touched."""
+
+    def __init__(self, monkeypatch):
+        from triton.runtime import interpreter
+
+        self.interpreter = interpreter
+        self.touched: list[tuple[str, torch.Tensor, int, int]] = []
+        monkeypatch.setattr(_launch, "_run", self.run)
+        monkeypatch.setattr(_launch, "multiprocessors", lambda x: 1)
+        monkeypatch.setattr(interpreter.GridExecutor, "_init_args_hst", lambda self, a, k: (a, k))
+        monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda self, *_: None)
+        builder = interpreter.InterpreterBuilder
+        monkeypatch.setattr(builder, "create_masked_load", self.load)
+        monkeypatch.setattr(builder, "create_masked_store", self.store)
+        self.monkeypatch = monkeypatch
+
+    def run(self, kernel, programs, args, num_warps, constexprs):
+        tensors = [x for x in args if isinstance(x, torch.Tensor)]
+        addresses = {id(x): FIRST << number for number, x in enumerate(tensors)}
+        args = [placed(x, addresses[id(x)]) if id(x) in addresses else x for x in args]
+        self.offsets = {address: (np.inf, -np.inf) for address in addresses.values()}
+        builder = self.interpreter.interpreter_builder
+        set_size, set_index = builder.set_grid_dim, builder.set_grid_idx
+        for program in (0, programs - 1):
+            with self.monkeypatch.context() as patch:
+                patch.setattr(builder, "set_grid_dim", lambda *_: set_size(programs, 1, 1))
+                patch.setattr(
+                    builder, "set_grid_idx", lambda *_, program=program: set_index(program, 0, 0)
+                )
+                _launch._interpret(kernel, 1, args, constexprs)
+        for x in tensors:
+            low, high = self.offsets[addresses[id(x)]]
+            if high >= 0:
+                self.touched.append((kernel.fn.__name__, x, low, high))
+
+    def note(self, pointers, mask):
+        addresses = np.broadcast_to(pointers.data, mask.data.shape)[mask.data].astype(np.int64)
+        for base, (low, high) in self.offsets.items():
+            here = addresses[(addresses >= base // 4 * 3) & (addresses < base // 2 * 3)]
+            if here.size:
+                size = pointers.get_element_ty().primitive_bitwidth // 8
+                offsets = (here - base) // size
+                self.offsets[base] = min(low, offsets.min()), max(high, offsets.max())
+
+    def load(self, pointers, mask, *_):
+        self.note(pointers, mask)
+        kind = pointers.get_element_ty()
+        zeros = np.zeros(pointers.data.shape, self.interpreter._get_np_dtype(kind))
+        return self.interpreter.TensorHandle(zeros, kind)
+
+    def store(self, pointers, value, mask, *_):
+        self.note(pointers, mask)
+
+
+@pytest.fixture
+def outer_programs(monkeypatch):
+    return OuterPrograms(monkeypatch)
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16, **kwargs) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta").contiguous(**kwargs)
+
+
+FLAT, TALL, WIDE, DEEP = meta(2**33 + 5), meta(2**31 + 7, 3), meta(3, 2**30 + 8), meta(2, 5, 2**30)
+LONG, ONE, ROW = torch.int64, meta(dtype=torch.float32), torch.float32
+LAST = {"memory_format": torch.channels_last}
+CALLS = {
+    "activation": lambda: activation.silu_fwd(FLAT),
+    "activation backward": lambda: activation.silu_bwd(FLAT, FLAT),
+    "dropout": lambda: dropout.dropout_bwd(FLAT, meta(dtype=LONG), 0.5, 0.5),
+    "loss": lambda: loss.mse_loss_fwd(FLAT, FLAT, "none"),
+    "loss backward": lambda: loss.mse_loss_bwd(FLAT, FLAT, FLAT, "none"),
+    "softmax of many rows": lambda: softmax.softmax_fwd(TALL, 1),
+    "softmax backward of many rows": lambda: softmax.softmax_bwd(TALL, TALL, 1),
+    "softmax, strided": lambda: softmax.softmax_fwd(DEEP, 1),
+    "softmax backward, strided": lambda: softmax.softmax_bwd(DEEP, DEEP, 1),
+    "cross-entropy of many rows": lambda: cross_entropy.cross_entropy_fwd(
+        TALL, meta(2**31 + 7, dtype=LONG), None, "none", -100, None
+    ),
+    "cross-entropy, strided": lambda: cross_entropy.cross_entropy_fwd(
+        DEEP, meta(2, 2**30, dtype=LONG), None, "none", -100, None
+    ),
+    "cross-entropy backward of many rows": lambda: cross_entropy.cross_entropy_bwd(
+        ONE,
+        TALL,
+        meta(2**31 + 7, dtype=LONG),
+        None,
+        *[meta(2**31 + 7, dtype=ROW)] * 2,
+        ONE,
+        "mean",
+        -100,
+        None,
+    ),
+    "cross-entropy backward of wide rows": lambda: cross_entropy.cross_entropy_bwd(
+        ONE, WIDE, meta(3, dtype=LONG), None, *[meta(3, dtype=ROW)] * 2, ONE, "mean", -100, None
+    ),
+    "nll backward, strided": lambda: cross_entropy.nll_loss_bwd(
+        ONE, DEEP, meta(2, 2**30, dtype=LONG), None, ONE, "mean", -100
+    ),
+    "batch norm, rows": lambda: batch_norm.batch_norm_eval_fwd(
+        meta(2**16, 33, 2**11), None, None, *[meta(33, dtype=ROW)] * 2, 1e-5
+    ),
+    "batch norm, columns": lambda: batch_norm.batch_norm_eval_fwd(
+        meta(2**16, 33, 2**6, 2**5, **LAST), None, None, *[meta(33, dtype=ROW)] * 2, 1e-5
+    ),
+    "batch norm backward": lambda: batch_norm.batch_norm_eval_bwd(
+        *[meta(2**16, 33, 2**11)] * 2,
+        None,
+        *[meta(33, dtype=ROW)] * 2,
+        1e-5,
+        (True, False, False),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_they_reach_from_the_first_element_to_the_last(name, outer_programs):
+    CALLS[name]()
+    huge = [touched for touched in outer_programs.touched if touched[1].numel() > 2**31]
+    assert huge
+    for kernel, x, low, high in huge:
+        assert (low, high) == (0, x.numel() - 1), kernel

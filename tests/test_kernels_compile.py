@@ -69,7 +69,7 @@ REDUCTIONS = ("mean", "none", "sum")
 ONCE_WITH_A_TAIL = (
     activation.relu_fwd,
     activation.relu_bwd,
-    dropout.dropout_fwd,
+    dropout.seeded_dropout_fwd,
     loss.mse_loss_fwd,
     loss.mse_loss_bwd,
 )
@@ -147,8 +147,10 @@ def pointwise(launcher: Callable[..., Any]) -> Iterator[Case]:
 def _choices(parameter: inspect.Parameter, n: int, dtype: torch.dtype) -> list[tuple[str, Any]]:
     """Words for the path, and values."""
     name, kind = parameter.name, parameter.annotation
-    if name == "mask":  # dropout's seed
+    if name == "seed":
         return [("", scalar(torch.int64))]
+    if name == "strides":
+        return [("", (1,))]
     if kind is Tensor:
         return [("", meta(n, dtype=dtype))]
     if kind == Tensor | None:

@@ -87,13 +87,6 @@ def refuse_leaf(input: Tensor, inplace: bool) -> None:
             )
 
 
-def in_layout(t: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """``t`` with these strides, where nothing but a kernel could tell the difference."""
-    if t.stride() == strides or not dispatch.runs_opaque_code((t,)):
-        return t
-    return torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
-
-
 def attached(dx: Tensor, x: Tensor) -> Tensor:
     """``dx``, whose own gradient for ``x`` is zero, but is not missing, under ``create_graph``."""
     if not torch.is_grad_enabled():

@@ -121,21 +121,18 @@ class kept:
         _thread.choice = self.before
 
 
-def accelerated(
-    module: str, mutates: tuple[str, ...] = (), draws: bool = False
-) -> Callable[[F], F]:
+def accelerated(module: str | None, mutates: tuple[str, ...] = ()) -> Callable[[F], F]:
     """Let a formula's kernel, or its compiled form, run in its place where the backend says so.
 
-    The kernel has the formula's name and signature, in ``torchref.triton_kernels.<module>``. The
-    first argument's device and type decide. Arguments are positional; ``mutates`` names those that
-    are written to even where ``inplace`` is not asked for, ``draws`` says that random numbers are
-    drawn.
+    The kernel has the formula's name and signature, in ``torchref.triton_kernels.<module>``; with
+    None there is none and never will be. The first argument's device and type decide. Arguments are
+    positional; ``mutates`` names those that are written to even where ``inplace`` is not asked for.
     """
 
     def decorate(formula: F) -> F:
         name = formula.__name__
         compiled = _Compiled(formula)
-        opaque = _opaque_operation(formula, module, mutates, draws)
+        opaque = formula if module is None else _opaque_operation(formula, module, mutates)
 
         @functools.wraps(formula)
         def piece(*args):
@@ -148,6 +145,8 @@ def accelerated(
                 return formula(*args)
             if choice == "compiled":
                 return compiled(*args)
+            if module is None:
+                return formula(*args)
             kernel = find_kernel(module, name)
             if choice == "triton" and (reason := _why_not(name, kernel, args[0])):
                 raise RuntimeError(f"{name}: the triton backend cannot run it: {reason}")
@@ -160,6 +159,16 @@ def accelerated(
     return decorate
 
 
+def will_run_kernel(module: str, name: str, x: Tensor) -> bool:
+    """Whether a Function's forward, where autograd does not record, will run a kernel on ``x``."""
+    if torch.compiler.is_compiling():
+        return _process.choice == "triton"
+    choice = _thread.choice or _process.choice
+    if choice in ("reference", "compiled") or (choice == "auto" and not x.is_cuda):
+        return False
+    return is_plain((x,)) and find_kernel(module, name) is not None and kernel_takes((x,))
+
+
 def kernel_takes(args: tuple[Any, ...]) -> bool:
     """Whether kernels are written for such arguments.
 
@@ -168,9 +177,13 @@ def kernel_takes(args: tuple[Any, ...]) -> bool:
     x = args[0]
     if x.dtype not in KERNEL_DTYPES or (x.is_cuda and not _serves(x.device.index)):
         return False
-    return all(
-        arg.numel() and arg.device == x.device for arg in args[1:] if isinstance(arg, Tensor)
-    ) and bool(x.numel())
+    for arg in args:
+        if isinstance(arg, Tensor):
+            if not arg.numel() or arg.device != x.device:
+                return False
+            if arg.dtype == torch.float64 and arg.ndim:  # running statistics keep their digits
+                return False
+    return True
 
 
 def differentiates_forward() -> bool:
@@ -194,8 +207,6 @@ def is_plain(args: tuple[Any, ...]) -> bool:
 
 def runs_opaque_code(args: tuple[Any, ...]) -> bool:
     """Whether code that torch cannot see into may compute on these arguments."""
-    if torch.compiler.is_compiling():
-        return _process.choice == "triton"
     return is_plain(args) and not (
         torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
     )
@@ -288,11 +299,12 @@ _SCHEMA_TYPES = {
     bool: "bool",
     str: "str",
     tuple[bool, bool, bool]: "bool[]",
+    tuple[int, ...]: "SymInt[]",
 }
 
 
 def _opaque_operation(
-    formula: Callable[..., Any], module: str, mutates: tuple[str, ...], draws: bool
+    formula: Callable[..., Any], module: str, mutates: tuple[str, ...]
 ) -> Callable[..., Any]:
     """The kernel of a formula as an operation that torch.compile does not look into.
 
@@ -311,9 +323,7 @@ def _opaque_operation(
         arguments.append(f"{kind} {parameter.name}")
     count = 1 if returned is Tensor else len(returned.__args__)
     returns = ", ".join(["Tensor"] * count)
-    # a graph that computed it again in backward would draw other numbers
-    tags = (torch.Tag.nondeterministic_seeded,) if draws else ()
-    _library.define(f"{name}({', '.join(arguments)}) -> ({returns})", tags=tags)
+    _library.define(f"{name}({', '.join(arguments)}) -> ({returns})")
 
     def run(*args: Any) -> Any:
         kernel = find_kernel(module, name)

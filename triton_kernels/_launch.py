@@ -8,6 +8,7 @@ A call that the JIT must see (the first of its kind, one that somebody
 watches, one in the interpreter) goes through it.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -132,6 +133,11 @@ def power_of_2(n: int, least: int, most: int) -> int:
     if isinstance(n, torch.SymInt):  # traced: nothing is launched, and no size is to be fixed
         return most
     return min(most, max(least, 1 << (n - 1).bit_length()))
+
+
+def vector_step(n: int) -> int:
+    """The greatest power of 2 up to 16 that divides ``n``."""
+    return 16 if isinstance(n, torch.SymInt) else math.gcd(n, 16)  # as in power_of_2
 
 
 def divisor(n: int, reduction: str) -> float:

@@ -22,6 +22,16 @@ def packed(x: Tensor) -> Tensor:
     return x if is_dense(x) else torch.empty_like(x).copy_(x)
 
 
+def written(x: Tensor, y: Tensor) -> Tensor:
+    """``x`` with the values of ``y``, which a kernel wrote, perhaps into ``x`` itself."""
+    if y is not x:
+        return x.copy_(y)
+    if not x.is_inference():
+        # Autograd does not see what a kernel writes; what it saved of x is stale now.
+        torch.autograd.graph.increment_version(x)
+    return x
+
+
 def laid_out_as(t: Tensor, x: Tensor) -> Tensor:
     """``t`` in the memory layout of ``x``, which is dense: an upstream gradient may have any."""
     if t.stride() == x.stride() or _strides(t) == _strides(x):

@@ -6,14 +6,13 @@ inner is 1 a row is a stretch of memory, otherwise (STRIDED) neighbouring rows a
 memory, so that loads are coalesced both ways and nothing is transposed.
 """
 
-import math
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import cdiv, power_of_2
+from ._launch import cdiv, power_of_2, vector_step
 
 LOOP_COLS = 256  # columns a warp in a step along a row too wide for registers
 
@@ -29,8 +28,7 @@ class Rows(NamedTuple):
 
     @property
     def step(self) -> int:
-        """The greatest power of 2 up to 16 that divides what is contiguous."""
-        return math.gcd(self.inner if self.strided else self.cols, 16)
+        return vector_step(self.inner if self.strided else self.cols)
 
     def arguments(self) -> tuple[int, int, int]:
         """For a kernel, which multiplies what is contiguous by ``step``: see ``row_sizes``."""
@@ -57,26 +55,29 @@ class Tiles(NamedTuple):
 
 
 def tiles_down(x: Rows, widest: int, loop_warps: int = 32) -> Tiles:
-    """A program for each tile of rows: whole rows up to ``widest``, beyond that a loop along."""
+    """A program for each tile of rows: whole rows up to ``widest``, beyond that a loop along.
+
+    Fewer warps in a loop leave each thread more registers.
+    """
     if x.inner == 1 and x.cols > widest:
         return Tiles(x.rows, False, 1, LOOP_COLS * loop_warps, loop_warps)
-    height, width = _shape(x, widest)
+    height, width = _shape(x, widest, 4096 if loop_warps == 32 else 2048)
     warps = min(32, max(4, height * width // 512))
     return Tiles(_down(x, height), width >= x.cols, height, width, warps)
 
 
 def tiles_across(x: Rows) -> Tiles:
     """A program for each tile, for kernels that need no whole rows."""
-    height, width = _shape(x, 2048)
+    height, width = _shape(x, 2048, 4096)
     return Tiles(_down(x, height) * cdiv(x.cols, width), False, height, width, 4)
 
 
-def _shape(x: Rows, widest: int) -> tuple[int, int]:
+def _shape(x: Rows, widest: int, strided_tile: int) -> tuple[int, int]:
     if x.inner == 1:
         width = power_of_2(x.cols, 16, widest)
         return max(1, 2048 // width), width
     height = power_of_2(x.inner, 16, 64)
-    return height, power_of_2(x.cols, 1, 4096 // height)
+    return height, power_of_2(x.cols, 1, strided_tile // height)
 
 
 def _down(x: Rows, height: int) -> int:

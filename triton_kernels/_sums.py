@@ -1,13 +1,11 @@
 """Sums over all elements or down the columns, in two steps and always in the same order."""
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import cdiv, launch, multiprocessors, power_of_2
+from ._launch import cdiv, launch, multiprocessors, power_of_2, vector_step
 
 BLOCK_ROWS = 32
 
@@ -44,7 +42,7 @@ def _column_sums(x: Tensor, parts: int, width: int, dtype: torch.dtype) -> Tenso
     rows, cols = x.shape
     y = torch.empty((parts, cols), dtype=dtype, device=x.device)
     programs = parts * cdiv(cols, width)
-    step = math.gcd(cols, 16)  # the kernel multiplies, to know that vectors are aligned
+    step = vector_step(cols)  # the kernel multiplies, to know that vectors are aligned
     args = (x, y, rows, cols // step, cdiv(rows, parts))
     launch(_column_sums_kernel, programs, *args, STEP=step, ROWS=BLOCK_ROWS, COLS=width)
     return y

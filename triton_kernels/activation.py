@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import cdiv, launch
-from ._layout import laid_out_as, packed
+from ._layout import laid_out_as, packed, written
 
 BYTES = 4096  # of one tensor a program: with 4 warps, two loads of 128 bits a thread
 
@@ -257,9 +257,7 @@ def _forward(math, x: Tensor, a: float = 0.0, b: float = 0.0, inplace: bool = Fa
     y = source if inplace else torch.empty_like(source)
     n, block = x.numel(), BYTES // x.element_size()
     launch(_activation_fwd_kernel, cdiv(n, block), source, y, n, a, b, MATH=math, BLOCK=block)
-    if inplace:
-        return x if source is x else x.copy_(y)
-    return y
+    return written(x, y) if inplace else y
 
 
 def _backward(math, dy: Tensor, saved: Tensor, a: float = 0.0, b: float = 0.0) -> Tensor:

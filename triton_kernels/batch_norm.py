@@ -16,7 +16,6 @@ Computes in float32. Offsets have 64 bits; only the rows of the first kind and t
 second must be fewer than 2**31, as they are in any memory of today.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -25,8 +24,8 @@ import triton.language as tl
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ._launch import cdiv, launch, multiprocessors, power_of_2
-from ._layout import laid_out_as, packed
+from ._launch import cdiv, launch, multiprocessors, power_of_2, vector_step
+from ._layout import laid_out_as, packed, written
 
 # Elements of a reduction's step: two or more loads of 128 bits a thread, of x or x and dy, within
 # 64 registers, so that a multiprocessor holds 8 programs of 4 warps.
@@ -448,8 +447,8 @@ def batch_norm_fwd(
         block = power_of_2(plan.partials, 32, MAX_PARTIALS)
         launch(_batch_norm_merge_stats_kernel, plan.channels, *args, BLOCK=block)
     for running, new in zip((running_mean, running_var), moved, strict=True):
-        if running is not None and new is not running:
-            running.copy_(new)
+        if running is not None and new is not None:
+            written(running, new)
     return _apply(x, weight, bias, mean, rstd, eps, False), mean, rstd
 
 
@@ -570,7 +569,7 @@ def _map(kernel, x: Tensor, args: tuple, evaluates: bool) -> None:
     columns, outer, channels, inner = _seen_as(x)
     rows, width = (outer, channels * inner) if columns else (outer * channels, inner)
     elements = MAP_BYTES // x.element_size()
-    step = math.gcd(width, 16)
+    step = vector_step(width)
     if step * x.element_size() < 8:  # one address for each element would fill the registers
         elements //= 4
     cols = power_of_2(width, 1, 64) if columns else _tile_cols(width, 1, min(2048, elements))
@@ -631,7 +630,7 @@ def _reduction(x: Tensor, tile: int) -> _Reduction:
     # Rounded down: one program more than fit at once would take as long as all the others.
     parts = min(PROGRAMS * multiprocessors(x) // groups, share, tiles)
     parts = max(1, min(parts, MAX_PARTIALS // inner if columns else MAX_PARTIALS))
-    step = math.gcd(width, 16)
+    step = vector_step(width)
     sizes = (step, width // step, groups, parts, tiles, rows, cols)
     return _Reduction(columns, outer, channels, inner, *sizes)
 

@@ -1,8 +1,8 @@
 """Dropout: a mask from a counter-based generator, made again in backward and never stored.
 
 Each program maps BLOCK neighbours in memory. An element's number there is its counter: one call of
-Philox serves four neighbours. The seed is 64 bits drawn by torch's generator on the device, one
-launch, so that manual_seed, checkpointing and CUDA graphs see what they know. Moves 2 elements
+Philox serves four neighbours. The seed is drawn on the device by torch's generator, in a launch of
+its own, so that manual_seed, checkpointing and CUDA graphs see what they know. Moves 2 elements
 forward and 2 backward for each of x.
 """
 
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import cdiv, launch
-from ._layout import packed
+from ._layout import packed, written
 
 BYTES = 4096  # of one tensor a program: with 4 warps, two loads of 128 bits a thread
 
@@ -48,21 +48,20 @@ def _kept(seed, program, threshold, BLOCK: tl.constexpr):
     return r.to(tl.int32, bitcast=True) >= threshold
 
 
-def dropout_fwd(x: Tensor, p: float, keep: float, inplace: bool) -> tuple[Tensor, Tensor]:
-    seed = torch.empty((), dtype=torch.int64, device=x.device).random_()
+def seeded_dropout_fwd(x: Tensor, seed: Tensor, p: float, keep: float, inplace: bool) -> Tensor:
     source = packed(x)
     y = source if inplace else torch.empty_like(source)
     _launch_dropout(source, seed, y, p, keep)
-    if inplace and source is not x:
-        return x.copy_(y), seed
-    return x if inplace else y, seed
+    return written(x, y) if inplace else y
 
 
-def dropout_bwd(dy: Tensor, mask: Tensor, p: float, keep: float) -> Tensor:
-    """``dy`` lies in memory as y did; ``mask`` is the seed."""
-    dy = packed(dy)
+def seeded_dropout_bwd(
+    dy: Tensor, seed: Tensor, p: float, keep: float, strides: tuple[int, ...]
+) -> Tensor:
+    if dy.stride() != tuple(strides):
+        dy = torch.empty_strided(dy.shape, strides, dtype=dy.dtype, device=dy.device).copy_(dy)
     dx = torch.empty_like(dy)
-    _launch_dropout(dy, mask, dx, p, keep)
+    _launch_dropout(dy, seed, dx, p, keep)
     return dx
 
 

@@ -1,11 +1,17 @@
 """The kernel's mask: that of its seed by Philox, in every layout, forward as backward."""
 
+import contextlib
+import functools
+
 import pytest
 import torch
 import triton
 import triton.language as tl
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
 
 import torchref.nn.functional as ours
+from torchref.nn.dropout import seeded_dropout_fwd
 from torchref.triton_kernels import dropout
 from torchref.triton_kernels._launch import launch
 
@@ -34,10 +40,11 @@ def expected_mask(n: int, seed: int, p: float, first: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("n", [1, 4, 1023, 2051])
 def test_the_mask_is_that_of_the_seed(n, dtype):
     x = torch.ones(n, dtype=dtype)
-    y, seed = dropout.dropout_fwd(x, 0.3, 0.7, False)
+    seed = torch.randint(2**63 - 1, ())
+    y = dropout.seeded_dropout_fwd(x, seed, 0.3, 0.7, False)
     assert torch.equal(y != 0, expected_mask(n, seed.item(), 0.3))
     assert set(y.unique().tolist()) <= {0.0, torch.tensor(1 / 0.7).to(dtype).item()}
-    assert torch.equal(dropout.dropout_bwd(x, seed, 0.3, 0.7), y)
+    assert torch.equal(dropout.seeded_dropout_bwd(x, seed, 0.3, 0.7, (1,)), y)
 
 
 def test_known_numbers_of_philox():
@@ -63,7 +70,7 @@ def test_counters_beyond_32_bits(program):
 def test_every_bit_of_the_seed_counts():
     masks = []
     for bit in (0, 1, 17, 33, 50, 62):
-        dx = dropout.dropout_bwd(torch.ones(256), torch.tensor(1 << bit), 0.5, 1.0)
+        dx = dropout.seeded_dropout_bwd(torch.ones(256), torch.tensor(1 << bit), 0.5, 1.0, (1,))
         masks.append(tuple(dx.tolist()))
     assert len(set(masks)) == len(masks)
 
@@ -115,5 +122,61 @@ def test_the_seed_is_one_draw_of_torchs_generator():
     ours.dropout(x)
     after = torch.get_rng_state()
     torch.manual_seed(4)
-    torch.empty((), dtype=torch.int64).random_()
+    torch.randint(2**63 - 1, ())
     assert torch.equal(after, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "contiguous"])
+def test_the_formula_draws_the_kernels_mask(layout):
+    x = torch.randn(2, 3, 5, 8)
+    x = x if layout == "contiguous" else LAYOUTS[layout](x)
+    seed = torch.tensor(2**40 + 3)
+    formula = seeded_dropout_fwd.__wrapped__(x, seed, 0.3, 0.7, False)
+    torch.testing.assert_close(dropout.seeded_dropout_fwd(x, seed, 0.3, 0.7, False), formula)
+
+
+def test_second_derivatives_of_the_mask_of_a_seed():
+    x = torch.rand(20).add(1).requires_grad_()
+    y = ours.dropout(x, 0.5)
+    (dx,) = torch.autograd.grad((y * y).sum(), x, create_graph=True)
+    torch.testing.assert_close(dx, torch.where(y == 0, 0, 4 * y))
+    (ddx,) = torch.autograd.grad(dx.sum(), x)
+    torch.testing.assert_close(ddx, torch.where(y == 0, 0, 8.0))
+
+
+def test_batched_gradients_of_the_mask_of_a_seed():
+    x = torch.rand(6, 4).add(1).t().requires_grad_()
+    y = ours.dropout(x, 0.5)
+    upstream = torch.rand(5, 4, 6)
+    (dx,) = torch.autograd.grad(y, x, upstream, is_grads_batched=True)
+    torch.testing.assert_close(dx, torch.where(y == 0, 0, 2 * upstream))
+
+
+@pytest.mark.parametrize("forward_sees", [True, False])
+def test_a_mode_around_one_of_the_passes(forward_sees):
+    """A kernel may run in one pass alone: the mask is the same."""
+    x = torch.rand(7, 5).add(1).t().requires_grad_()
+    with FlopCounterMode(display=False) if forward_sees else contextlib.nullcontext():
+        y = ours.dropout(x, 0.5)
+    with contextlib.nullcontext() if forward_sees else FlopCounterMode(display=False):
+        y.sum().backward()
+    assert torch.equal(y != 0, x.grad != 0)
+
+
+def test_selective_checkpointing_keeps_the_mask():
+    x = torch.rand(40).add(1).requires_grad_()
+    contexts = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+    y = checkpoint(lambda x: ours.dropout(x * 2, 0.5), x, use_reentrant=False, context_fn=contexts)
+    y.sum().backward()
+    assert torch.equal(y != 0, x.grad != 0)
+
+
+@pytest.mark.parametrize(
+    "write", [lambda x: ours.dropout(x, inplace=True), lambda x: ours.relu(x, True)]
+)
+def test_autograd_learns_what_a_kernel_overwrote(write):
+    x, w = torch.randn(8), torch.randn(8, requires_grad=True)
+    z = x * w
+    write(x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.sum().backward()

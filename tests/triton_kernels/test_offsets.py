@@ -108,7 +108,7 @@ LAST = {"memory_format": torch.channels_last}
 CALLS = {
     "activation": lambda: activation.silu_fwd(FLAT),
     "activation backward": lambda: activation.silu_bwd(FLAT, FLAT),
-    "dropout": lambda: dropout.dropout_bwd(FLAT, meta(dtype=LONG), 0.5, 0.5),
+    "dropout": lambda: dropout.seeded_dropout_bwd(FLAT, meta(dtype=LONG), 0.5, 0.5, (1,)),
     "loss": lambda: loss.mse_loss_fwd(FLAT, FLAT, "none"),
     "loss backward": lambda: loss.mse_loss_bwd(FLAT, FLAT, FLAT, "none"),
     "softmax of many rows": lambda: softmax.softmax_fwd(TALL, 1),

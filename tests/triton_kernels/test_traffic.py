@@ -37,8 +37,12 @@ SEED = torch.tensor(3)
 
 # What the table in the kernels' docstrings promises: launches, and elements moved for each of x.
 CASES: dict[str, tuple[Callable[[], Any], int, float]] = {
-    "dropout": (lambda: dropout.dropout_fwd(X, 0.5, 0.5, False), 2, 2),  # with the seed's
-    "dropout backward": (lambda: dropout.dropout_bwd(DY, SEED, 0.5, 0.5), 1, 2),
+    "dropout": (lambda: dropout.seeded_dropout_fwd(X, SEED, 0.5, 0.5, False), 1, 2),
+    "dropout backward": (
+        lambda: dropout.seeded_dropout_bwd(DY, SEED, 0.5, 0.5, (C, 1)),
+        1,
+        2,
+    ),
     "softmax": (lambda: softmax.softmax_fwd(X, 1), 1, 2),
     "softmax backward": (lambda: softmax.softmax_bwd(DY, X, 1), 1, 3),
     "softmax, strided": (lambda: softmax.softmax_fwd(NCHW, 1), 1, 2),

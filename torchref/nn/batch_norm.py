@@ -318,7 +318,7 @@ def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Each channel's mean, 1 / sqrt(variance + eps) and biased variance, in two passes."""
     if x.numel() == 0:
         zeros = x.new_zeros(x.shape[1])
-        return zeros, zeros, zeros
+        return zeros, zeros.clone(), zeros  # results of an operation may not be one tensor
     dims = _all_but_channels(x)
     mean = x.mean(dims)
     centred = x - _channels(mean, x)

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from torchref.autograd import Function, in_layout, opmath, refuse_leaf, rounded, traces_in_place
-from torchref.dispatch import accelerated
+from torchref.autograd import Function, opmath, refuse_leaf, rounded, traces_in_place
+from torchref.dispatch import accelerated, will_run_kernel
 
 
 class Dropout(torch.nn.Dropout):
@@ -95,6 +95,12 @@ def dropout(
         return input.mul_(zero) if inplace else input * zero
     refuse_leaf(input, inplace)
     keep = 1.0 - p if scale_at == "training" else 1.0
+    if will_run_kernel("dropout", "seeded_dropout_fwd", input):
+        # Drawn out here, so that a compiler sees two draws where there are two calls.
+        seed = torch.randint(2**63 - 1, (), device=input.device)
+        if inplace and traces_in_place():
+            return input.copy_(SeededDropoutFunction.call(input, seed, float(p), keep, False))
+        return SeededDropoutFunction.call(input, seed, float(p), keep, inplace)
     # A Function of two results, as this one is, may not write into a view.
     if inplace and (traces_in_place() or input._is_view()):
         return input.copy_(DropoutFunction.call(input, float(p), keep, False)[0])
@@ -102,15 +108,16 @@ def dropout(
 
 
 class DropoutFunction(Function):
+    """Dropout with a mask drawn by torch, which is kept for backward."""
+
     @staticmethod
     def forward(x: Tensor, p: float, keep: float, inplace: bool) -> tuple[Tensor, Tensor]:
         return dropout_fwd(x, p, keep, inplace)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, ctx.p, ctx.keep, inplace = inputs
-        y, mask = output
-        ctx.strides = y.stride()
+        x, _, ctx.keep, inplace = inputs
+        _, mask = output
         if inplace:
             ctx.mark_dirty(x)
         ctx.mark_non_differentiable(mask)
@@ -122,29 +129,96 @@ class DropoutFunction(Function):
         if dy is None:
             return None, None, None, None
         (mask,) = ctx.saved_tensors
-        dy = in_layout(dy, ctx.strides)  # a kernel numbers the elements as they lie in memory
-        return dropout_bwd(dy, mask, ctx.p, ctx.keep), None, None, None
+        return dropout_bwd(dy, mask, ctx.keep), None, None, None
 
 
-@accelerated("dropout", draws=True)
+@accelerated(None)
 def dropout_fwd(x: Tensor, p: float, keep: float, inplace: bool) -> tuple[Tensor, Tensor]:
-    """The output, and what backward needs to know which elements were dropped."""
-    mask = _mask(x, p)
+    """The output and the mask."""
+    mask = _drawn_mask(x, p)
     y = opmath(x) * (mask.to(opmath(x).dtype) / keep)
     return (x.copy_(y) if inplace else rounded(y, x)), mask
 
 
-@accelerated("dropout")
-def dropout_bwd(dy: Tensor, mask: Tensor, p: float, keep: float) -> Tensor:
-    """``mask`` is what forward returned; a kernel, which makes it again, needs ``p``."""
+@accelerated(None)
+def dropout_bwd(dy: Tensor, mask: Tensor, keep: float) -> Tensor:
     dy32 = opmath(dy)
     return rounded(dy32 * (mask.to(dy32.dtype) / keep), dy)
 
 
-def _mask(x: Tensor, p: float) -> Tensor:
+class SeededDropoutFunction(Function):
+    """Dropout with a mask that follows from a seed, made in forward and again in backward."""
+
+    @staticmethod
+    def forward(x: Tensor, seed: Tensor, p: float, keep: float, inplace: bool) -> Tensor:
+        return seeded_dropout_fwd(x, seed, p, keep, inplace)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, seed, ctx.p, ctx.keep, inplace = inputs
+        if inplace:
+            ctx.mark_dirty(x)
+        ctx.strides = _dense_strides(output)
+        ctx.save_for_backward(seed)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (seed,) = ctx.saved_tensors
+        dx = seeded_dropout_bwd(dy, seed, ctx.p, ctx.keep, ctx.strides)
+        return dx, None, None, None, None
+
+
+@accelerated("dropout")
+def seeded_dropout_fwd(x: Tensor, seed: Tensor, p: float, keep: float, inplace: bool) -> Tensor:
+    """``seed`` is 0-dim and int64; elements are numbered as they lie in memory, without gaps."""
+    x32 = opmath(x)
+    y = x32 * (_mask_of(seed, x.shape, _dense_strides(x), p).to(x32.dtype) / keep)
+    return x.copy_(y) if inplace else rounded(y, x)
+
+
+@accelerated("dropout")
+def seeded_dropout_bwd(
+    dy: Tensor, seed: Tensor, p: float, keep: float, strides: tuple[int, ...]
+) -> Tensor:
+    """``strides`` are those that the elements were numbered by."""
+    dy32 = opmath(dy)
+    return rounded(dy32 * (_mask_of(seed, dy.shape, strides, p).to(dy32.dtype) / keep), dy)
+
+
+def _drawn_mask(x: Tensor, p: float) -> Tensor:
     if torch.compiler.is_compiling():  # a counter-based generator, which Inductor can fuse
         return torch.rand_like(x, dtype=torch.float32) >= p
     return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)
+
+
+def _mask_of(seed: Tensor, shape: torch.Size, strides: tuple[int, ...], p: float) -> Tensor:
+    """Which elements stay: those whose random int32, of the element's number, is not below p."""
+    number = torch.zeros((), dtype=torch.int64, device=seed.device)
+    for size, stride in zip(shape, strides, strict=True):
+        number = number.unsqueeze(-1) + torch.arange(size, device=seed.device) * stride
+    four = torch.stack(_philox(number // 4, seed))  # one call serves four elements
+    random = four.gather(0, (number % 4).unsqueeze(0)).squeeze(0)
+    # p as a threshold among the numbers from 0 to 2**32 - 1, half of them negative as int32
+    threshold = min(round(p * 2**32), 2**32 - 1)
+    return (random ^ 2**31) >= threshold
+
+
+def _philox(counter: Tensor, seed: Tensor) -> list[Tensor]:
+    """Philox 4x32 in ten rounds (Salmon et al., 2011): four numbers of 32 bits for each counter."""
+    low = 0xFFFFFFFF
+    zero = torch.zeros_like(counter)
+    c, k = [counter & low, counter >> 32, zero, zero], [seed & low, seed >> 32 & low]
+    for _ in range(10):
+        # A product has 64 bits and wraps to the same ones in int64.
+        a, b = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
+        c = [(b >> 32 & low) ^ c[1] ^ k[0], b & low, (a >> 32 & low) ^ c[3] ^ k[1], a & low]
+        k = [(k[0] + 0x9E3779B9) & low, (k[1] + 0xBB67AE85) & low]
+    return c
+
+
+def _dense_strides(x: Tensor) -> tuple[int, ...]:
+    """The strides of ``x`` in memory without gaps."""
+    return x.stride() if x.is_contiguous() else torch.empty_like(x, device="meta").stride()
 
 
 def _checked_scale_at(scale_at: str) -> str:

@@ -9,7 +9,14 @@ from pieces import PIECES
 
 import torchref.nn.functional as ours
 from torchref.testing import assert_parity
-from torchref.triton_kernels import _rows, batch_norm, cross_entropy, softmax
+from torchref.triton_kernels import (
+    _rows,
+    activation,
+    batch_norm,
+    cross_entropy,
+    dropout,
+    softmax,
+)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 POINTWISE = [p for p in PIECES if len(p.inputs(torch.float32)) == 1 and p.name != "dropout"]
@@ -204,3 +211,18 @@ def test_results_repeat_bit_by_bit():
         gradients = batch_norm.batch_norm_bwd(dy, x, torch.ones(6), mean, rstd, (True,) * 3)
         results.append([y, mean, rstd, *gradients])
     assert all(map(torch.equal, *results))
+
+
+def test_autograd_learns_what_kernels_write():
+    """It sees no pointer: what it saved of a tensor would be taken for unchanged."""
+    x, running = torch.randn(8, 3), [torch.zeros(3), torch.ones(3)]
+    for write, written in [
+        (lambda: activation.relu_fwd(x, True), [x]),
+        (lambda: dropout.seeded_dropout_fwd(x, torch.tensor(1), 0.5, 0.5, True), [x]),
+        (lambda: batch_norm.batch_norm_fwd(x, None, None, *running, 0.1, 1e-5, True), running),
+    ]:
+        before = [t._version for t in written]
+        write()
+        assert all(t._version > v for t, v in zip(written, before, strict=True))
+    with torch.inference_mode():  # where tensors have no version
+        activation.relu_fwd(torch.randn(8), True)

@@ -1,6 +1,6 @@
 """What every test may take for granted.
 
-Under ``TRITON_INTERPRET=1``: arithmetic as exact as a GPU's, and every kernel call between guards.
+Under ``TRITON_INTERPRET=1``: arithmetic as exact as torch's, and every kernel call between guards.
 """
 
 import os

@@ -61,23 +61,24 @@ def tiles_down(x: Rows, widest: int, loop_warps: int = 32) -> Tiles:
     """
     if x.inner == 1 and x.cols > widest:
         return Tiles(x.rows, False, 1, LOOP_COLS * loop_warps, loop_warps)
-    height, width = _shape(x, widest, 4096 if loop_warps == 32 else 2048)
+    height, width = _shape(x, widest)
     warps = min(32, max(4, height * width // 512))
     return Tiles(_down(x, height), width >= x.cols, height, width, warps)
 
 
 def tiles_across(x: Rows) -> Tiles:
     """A program for each tile, for kernels that need no whole rows."""
-    height, width = _shape(x, 2048, 4096)
+    height, width = _shape(x, 2048)
     return Tiles(_down(x, height) * cdiv(x.cols, width), False, height, width, 4)
 
 
-def _shape(x: Rows, widest: int, strided_tile: int) -> tuple[int, int]:
+def _shape(x: Rows, widest: int) -> tuple[int, int]:
     if x.inner == 1:
         width = power_of_2(x.cols, 16, widest)
         return max(1, 2048 // width), width
     height = power_of_2(x.inner, 16, 64)
-    return height, power_of_2(x.cols, 1, strided_tile // height)
+    width = power_of_2(x.cols, 1, 4096 // height)
+    return height, width if width >= x.cols else 2048 // height  # a loop has accumulators too
 
 
 def _down(x: Rows, height: int) -> int:

@@ -4,8 +4,8 @@
 time for 6 to 14 of them, the driver not counted. Here it is 2.5 to 4.5: the compiled kernel is kept
 under a key of our own, everything that the JIT specializes on and nothing else.
 
-A call that the JIT must see (the first of its kind, one that somebody
-watches, one in the interpreter) goes through it.
+A call that the JIT must see (the first of its kind, one that somebody watches, one in the
+interpreter) goes through it.
 """
 
 import math

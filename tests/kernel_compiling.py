@@ -33,6 +33,7 @@ POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float64: "*fp64",
     torch.int64: "*i64",
+    torch.int32: "*i32",
 }
 MULTIPROCESSORS = 132  # an H100's
 MODULES: list[ModuleType] = [

@@ -24,6 +24,8 @@ import importlib
 import importlib.util
 import inspect
 import os
+import shutil
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -159,6 +161,20 @@ def accelerated(module: str | None, mutates: tuple[str, ...] = ()) -> Callable[[
     return decorate
 
 
+def kernel_for(module: str, name: str, x: Tensor) -> Callable[..., Any] | None:
+    """The kernel that the backend in force would run for tensors where ``x`` is.
+
+    None where a formula is to run. The tensors have yet to be such as the kernel takes.
+    """
+    choice = get_backend()
+    if choice in ("reference", "compiled") or (choice == "auto" and not x.is_cuda):
+        return None
+    kernel = find_kernel(module, name)
+    if choice == "triton" and (reason := _why_not(name, kernel, x)):
+        raise RuntimeError(f"{name}: the triton backend cannot run it: {reason}")
+    return None if x.is_cuda and not _serves(x.device.index) else kernel
+
+
 def will_run_kernel(module: str, name: str, x: Tensor) -> bool:
     """Whether a Function's forward, where autograd does not record, will run a kernel on ``x``."""
     if torch.compiler.is_compiling():
@@ -224,7 +240,7 @@ def find_kernel(module: str, name: str) -> Callable[..., Any] | None:
     """The launcher ``name`` in ``torchref.triton_kernels.<module>``, or None if there is none."""
     path = f"torchref.triton_kernels.{module}"
     if importlib.util.find_spec("triton") is None:
-        _say_once(str(why_no_kernels()))
+        _say_no_kernels(str(why_no_kernels()))
         return None
     if importlib.util.find_spec(path) is None:
         return None
@@ -267,13 +283,17 @@ def _serves(index: int) -> bool:
     """Whether kernels run on a GPU; where they do not, that is said once."""
     reason = _why_not_on(index)
     if reason is not None:
-        _say_once(reason)
+        _say_no_kernels(reason)
     return reason is None
 
 
 @functools.cache
-def _say_once(reason: str) -> None:
-    warnings.warn(f"torchref: formulas run instead of Triton kernels: {reason}", stacklevel=2)
+def _say_once(message: str) -> None:
+    warnings.warn(f"torchref: {message}", stacklevel=2)
+
+
+def _say_no_kernels(reason: str) -> None:
+    _say_once(f"formulas run instead of Triton kernels: {reason}")
 
 
 def explain() -> str:
@@ -352,34 +372,50 @@ def _opaque_operation(
 
 
 class _Compiled:
-    """A formula through :func:`torch.compile`, one compilation for each kind of arguments.
+    """A formula through :func:`torch.compile`, one compilation for each kind of arguments."""
+
+    def __init__(self, formula: Callable[..., Any]) -> None:
+        self.formula = formula
+
+    def __call__(self, *args: Any) -> Any:
+        variant = compiled_variant(self.formula, tuple(map(kind, args)))
+        # One grad mode for all: autograd is not recording here, or the formula would have run.
+        with torch.no_grad():
+            output = variant(*map(traced, args))
+        if isinstance(output, tuple):
+            return tuple(_itself(y, args[0]) for y in output)
+        return _itself(output, args[0])
+
+
+def compiled_variant(formula: Callable[..., Any], key: tuple[Any, ...]) -> Callable[..., Any]:
+    """The compilation of a formula for arguments of one :func:`kind`, :func:`traced`.
 
     Dynamo gives up after eight recompilations of one code object and would then run eager without
     a word. So each kind of arguments (dtype, rank, memory layout, sizes of 0 and 1) compiles a
     clone of the code with sizes symbolic, floats travel as 0-dim tensors, and ``fullgraph`` turns
     what is left of that silence into an error.
     """
-
-    def __init__(self, formula: Callable[..., Any]) -> None:
-        self.formula = formula
-        self.variants: dict[tuple[Any, ...], Callable[..., Any]] = {}
-
-    def __call__(self, *args: Any) -> Any:
-        key = tuple(map(_kind, args))
-        variant = self.variants.get(key)
-        if variant is None:
-            clone = _clone(self.formula, len(self.variants))
-            variant = torch.compile(clone, fullgraph=True, dynamic=True)
-            self.variants[key] = variant
-        # One grad mode for all: autograd is not recording here, or the formula would have run.
-        with torch.no_grad():
-            output = variant(*[_traced(arg) for arg in args])
-        if isinstance(output, tuple):
-            return tuple(_itself(y, args[0]) for y in output)
-        return _itself(output, args[0])
+    variants = _variants.setdefault(formula, {})
+    if key not in variants:
+        clone = _clone(formula, len(variants))
+        variants[key] = torch.compile(clone, fullgraph=True, dynamic=True)
+    return variants[key]
 
 
-def _kind(arg: Any) -> Any:
+_variants: dict[Callable[..., Any], dict[tuple[Any, ...], Callable[..., Any]]] = {}
+
+
+@functools.cache
+def can_compile() -> bool:
+    """Whether there is a C++ compiler for :func:`torch.compile`; where there is none, say so."""
+    compilers = os.environ.get("CXX", "g++"), "g++", "clang++", "c++"
+    found = sys.platform == "win32" or any(map(shutil.which, compilers))
+    if not found:
+        _say_once("fused steps run uncompiled: no C++ compiler (g++ or $CXX) is installed")
+    return found
+
+
+def kind(arg: Any) -> Any:
     """What of an argument a compilation cannot leave open."""
     if isinstance(arg, Tensor):
         order = sorted(range(arg.ndim), key=arg.stride)
@@ -394,7 +430,7 @@ def _itself(y: Any, x: Tensor) -> Any:
     return x if isinstance(y, Tensor) and y.data_ptr() == x.data_ptr() != 0 else y
 
 
-def _traced(arg: Any) -> Any:
+def traced(arg: Any) -> Any:
     if isinstance(arg, float):
         return torch.tensor(arg, dtype=torch.float64, device="cpu")
     # Dynamo reads `.grad`, which on a saved output warns

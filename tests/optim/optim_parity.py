@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import torchref
-from torchref.dispatch import accelerated
+from torchref import dispatch
 from torchref.optim import adam, rmsprop, sgd
 
 NAMES = ("SGD", "RMSprop", "Adam", "AdamW")
@@ -180,17 +180,15 @@ def spy(monkeypatch: pytest.MonkeyPatch, module: Any, function: str) -> list[tup
     return calls
 
 
-def traced(monkeypatch: pytest.MonkeyPatch, name: str) -> list[Any]:
-    """Compile ``name``'s update afresh and without code generation; the list grows by each."""
+def traced(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Compile updates afresh; the list grows by each compilation."""
     compilations: list[Any] = []
     real = torch.compile
 
     def compile_(function: Any, **kwargs: Any) -> Any:
         compilations.append(function)
-        return real(function, backend="aot_eager", **kwargs)
+        return real(function, **kwargs)
 
-    module, function = UPDATES[name]
-    fresh = accelerated("multi_tensor")(getattr(module, function).__wrapped__)
-    monkeypatch.setattr(module, function, fresh)
+    monkeypatch.setattr(dispatch, "_variants", {})
     monkeypatch.setattr(torch, "compile", compile_)
     return compilations

@@ -46,7 +46,7 @@ def test_inputs(name, implementation, monkeypatch):
     if implementation == "fused" and "cpu" not in info.supports_fused_on:
         return
     if implementation == "compiled":
-        traced(monkeypatch, name)
+        traced(monkeypatch)
     # The device only selects inputs. "mps" adds a tensor learning rate, which the CPU also takes.
     inputs = info.optim_inputs_func(device="cpu") + info.optim_inputs_func(device="mps")
     for optim_input in inputs:

@@ -116,7 +116,7 @@ def test_a_torch_state_dict_brings_torchs_momentum():
 @pytest.mark.parametrize("backend", ["auto", "compiled"])
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # torch 2.11's own sums
 def test_sparse_gradients(options, foreach, backend, monkeypatch):
-    traced(monkeypatch, "SGD")
+    traced(monkeypatch)
     results = []
     for cls in (SGD, torch.optim.SGD):
         w = torch.nn.Parameter(torch.ones(4, 2, dtype=torch.float64))

@@ -8,12 +8,11 @@ step, and for half types, which are computed in float32 and rounded once.
 # torch._foreach_* is how torch.optim itself works on lists; it has no public name.
 # pyright: reportPrivateImportUsage=false
 
-from collections.abc import Sequence
-from typing import Any, TypeGuard, TypeVarTuple, cast
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
     _default_to_fused_or_foreach,
@@ -21,74 +20,199 @@ from torch.optim.optimizer import (
 )
 
 from torchref.autograd import opmath
-from torchref.dispatch import get_backend
+from torchref.dispatch import can_compile, compiled_variant, get_backend, is_plain, kind, traced
 
 # A hyperparameter: a number, or a tensor of one element where torch allows it.
 Scalar = float | Tensor
 
 Tensors = Sequence[Tensor | None]
 
-Ts = TypeVarTuple("Ts")
+BATCH = 8  # tensors in a call of a compiled update: a compilation of some seconds, once
+
+
+class Row(NamedTuple):
+    """What a step reads and writes for one parameter; None for what is not in use."""
+
+    param: Tensor
+    grad: Tensor
+    states: tuple[Tensor | None, ...]  # in the order of the optimizer's update
+    step: Tensor | None = None  # how many steps are done
+    starts: bool = False  # the state has seen no gradient yet
+    ema: Tensor | None = None
+    ema_step: Tensor | None = None
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The arguments that an update begins with."""
+        return (self.param, self.grad, *self.states)
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> "Row":
+        """The row with ``f`` of each of its tensors but the counts."""
+        states = tuple(None if x is None else f(x) for x in self.states)
+        ema = None if self.ema is None else f(self.ema)
+        return self._replace(param=f(self.param), grad=f(self.grad), states=states, ema=ema)
+
+
+def as_real(x: Tensor) -> Tensor:
+    """A complex tensor as a real one with one more dimension."""
+    return torch.view_as_real(x) if x.is_complex() else x
+
+
+def alike(rows: list[Row]) -> list[list[list[Any]]]:
+    """Parameters, gradients, each state and the steps as lists, for each device and type."""
+    states = [list(column) for column in zip(*(row.states for row in rows), strict=True)]
+    columns = [[row.param for row in rows], [row.grad for row in rows], *states]
+    columns.append([row.step for row in rows])
+    lists = [[] if column[0] is None else column for column in columns]
+    groups = Optimizer._group_tensors_by_device_and_dtype(cast(Any, lists))
+    return [cast(list[list[Any]], part) for part, _ in groups.values()]
+
+
+def by_device_and_dtype(tensors: list[Tensor]) -> list[list[Tensor]]:
+    """The tensors, split so that in each part all share device and type."""
+    groups = Optimizer._group_tensors_by_device_and_dtype(cast(Any, [tensors]))
+    return [cast(list[Tensor], part[0]) for part, _ in groups.values()]
 
 
 def runs_foreach(
-    params: list[Tensor],
-    group: dict[str, Any],
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
+    rows: list[Row], group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> bool:
     """Whether an update takes whole lists of tensors (``torch._foreach_*``) or one at a time.
 
     Torch's choice, with three exceptions that go one at a time: half types, whose float32 copies
     would otherwise exist for all parameters at once; a step that GradScaler may yet undo; and the
-    backends that bring their own pass over a tensor.
+    compiled backend, which brings its own pass over lists.
     """
     foreach, differentiable = group["foreach"], group["differentiable"]
     if foreach is None and group.get("fused") is None:
+        params = [row.param for row in rows]
         _, foreach = _default_to_fused_or_foreach(params, differentiable, use_fused=False)
         if isinstance(group["lr"], Tensor) and not group.get("capturable"):
             foreach = False  # as torch: lists take their scale from the host
     if not foreach or differentiable or grad_scale is not None or found_inf is not None:
         return False
-    if any(param.dtype in (torch.float16, torch.bfloat16) for param in params):
+    if any(row.param.dtype in (torch.float16, torch.bfloat16) for row in rows):
         return False
     # Dynamo cannot trace the look at the backend, and needs none: it compiles the formula anyway.
-    return torch.compiler.is_compiling() or get_backend() in ("auto", "reference")
+    return torch.compiler.is_compiling() or get_backend() != "compiled"
 
 
-def by_device_and_dtype(lists: list[list[Any]]) -> list[list[list[Any]]]:
-    """The lists, split so that in each part all tensors share device and type."""
-    groups = Optimizer._group_tensors_by_device_and_dtype(cast(Any, lists))
-    return [cast(list[list[Any]], part) for part, _ in groups.values()]
+def update_each(
+    update: Callable[..., None],
+    rows: list[Row],
+    arguments: list[tuple[Any, ...]],
+    group: dict[str, Any],
+) -> None:
+    """``update(*row.tensors(), *arguments)`` for each row and its arguments.
+
+    Rows that may share a call of the compiled update have one tuple of arguments between them.
+    """
+    if rows and _runs_compiled(rows, group):
+        rows, arguments = _update_compiled(update, rows, arguments)
+    for row, args in zip(rows, arguments, strict=True):
+        update(*row.tensors(), *args)
 
 
-def check_capturable(params: list[Tensor], steps: list[Tensor], group: dict[str, Any]) -> None:
+def _runs_compiled(rows: list[Row], group: dict[str, Any]) -> bool:
+    """Whether updates are compiled: under that backend, and under ``fused=True`` on the CPU."""
+    if torch.compiler.is_compiling() or group["differentiable"]:
+        return False
+    choice = get_backend()
+    if choice == "auto" and group.get("fused"):
+        return rows[0].param.is_cpu and can_compile()
+    return choice == "compiled"
+
+
+def _update_compiled(
+    update: Callable[..., None], rows: list[Row], arguments: list[tuple[Any, ...]]
+) -> tuple[list[Row], list[tuple[Any, ...]]]:
+    """Update as many rows as one compilation serves, and return the others."""
+    batches: dict[Any, tuple[list[Tensors], tuple[Any, ...]]] = {}
+    written: list[Tensor] = []
+    left = []
+    for row, args in zip(rows, arguments, strict=True):
+        tensors = row.tensors()
+        given = [x for x in tensors if x is not None]
+        # Sizes of 0 and 1 would each take a compilation of their own.
+        if row.param.numel() < 2 or not is_plain(tensors) or not _laid_out_alike(given):
+            left.append((row, args))
+            continue
+        types = tuple(None if x is None else x.dtype for x in tensors)
+        aliases = [None if x is None else _alias(x) for x in tensors]
+        batches.setdefault((types, row.param.device, id(args)), ([], args))[0].append(aliases)
+        written += given
+    for (types, device, _), (tensors, args) in batches.items():
+        run = compiled_variant(_update_batch, (update, types, device, *map(kind, args)))
+        numbers = [traced(arg) for arg in args]
+        tensors += _padding(tensors[0], -len(tensors) % BATCH)
+        for i in range(0, len(tensors), BATCH):
+            run(update, tensors[i : i + BATCH], *numbers)
+    if written:
+        torch.autograd.graph.increment_version(written)
+    return [row for row, _ in left], [args for _, args in left]
+
+
+def _update_batch(update: Callable[..., None], batch: list[Tensors], *args: Any) -> None:
+    for tensors in batch:
+        update(*tensors, *args)
+
+
+def _padding(tensors: Tensors, count: int) -> list[Tensors]:
+    """Tensors for a batch's empty places: a compilation is for one number of them."""
+    return [
+        [None if x is None else torch.zeros(2, dtype=x.dtype, device=x.device) for x in tensors]
+        for _ in range(count)
+    ]
+
+
+def _laid_out_alike(tensors: list[Tensor]) -> bool:
+    if all(x.is_contiguous() for x in tensors):
+        return True
+    strides = tensors[0].stride()
+    return is_dense(tensors[0]) and all(x.stride() == strides for x in tensors)
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether the elements fill a stretch of memory, each once, in whatever order."""
+    order = sorted(range(x.ndim), key=x.stride, reverse=True)
+    return x.permute(order).is_contiguous()
+
+
+def _alias(x: Tensor) -> Tensor:
+    """A dense tensor's memory as a vector, so that one compilation serves all ranks."""
+    # `.data`, for Dynamo guards on the rank of a view's base.
+    return x.view(-1).data if x.is_contiguous() else x.as_strided((x.numel(),), (1,)).data
+
+
+def check_capturable(rows: list[Row], group: dict[str, Any]) -> None:
     """Raise torch's error where ``capturable=True`` meets tensors no graph can capture."""
     if torch.compiler.is_compiling() or not group["capturable"]:
         return
     devices = _get_capturable_supported_devices()
-    for param, step in zip(params, steps, strict=True):
-        if param.device.type != step.device.type or param.device.type not in devices:
+    for row in rows:
+        kinds = row.param.device.type, cast(Tensor, row.step).device.type
+        if kinds[0] != kinds[1] or kinds[0] not in devices:
             raise AssertionError(
                 "If capturable=True, params and state_steps must be on supported devices: "
                 f"{devices}."
             )
 
 
-def advance(steps: list[Tensor]) -> None:
+def advance(steps: Tensors) -> None:
     """Count one step."""
-    if steps and steps[0].is_cpu and not torch.compiler.is_compiling():
+    counts = [step for step in steps if step is not None]
+    if counts and counts[0].is_cpu and not torch.compiler.is_compiling():
         # A tensor, or the list operation would wrap the number once for each step.
-        torch._foreach_add_(steps, torch.tensor(1.0), alpha=1.0)
-    elif steps:
-        torch._foreach_add_(steps, 1)
+        torch._foreach_add_(counts, torch.tensor(1.0), alpha=1.0)
+    elif counts:
+        torch._foreach_add_(counts, 1)
 
 
-def uncount(steps: list[Tensor], found_inf: Tensor | None) -> None:
+def uncount(steps: Tensors, found_inf: Tensor | None) -> None:
     """Take the count back where the gradients overflowed."""
     if found_inf is not None:
         for step in steps:
-            step.sub_((found_inf > 0).to(step))
+            if step is not None:
+                step.sub_((found_inf > 0).to(step))
 
 
 def step_number(step: Tensor) -> Scalar:
@@ -101,43 +225,8 @@ def step_number(step: Tensor) -> Scalar:
     return step.double()
 
 
-def on_device(flag: Tensor | None, param: Tensor) -> Tensor | None:
-    return None if flag is None else flag.to(param.device, non_blocking=True)
-
-
-def flat(*tensors: *Ts) -> tuple[*Ts]:
-    """1-D aliases for the compiled backend, so that one compilation serves tensors of every rank.
-
-    Tensors that are not laid out alike, or have no plain storage, stay as they are.
-    """
-    if torch.compiler.is_compiling() or get_backend() != "compiled":
-        return tensors
-    given = [x for x in tensors if isinstance(x, Tensor)]
-    if not all(map(_is_plain, given)) or not _laid_out_alike(given):
-        return tensors
-    # Not views: Dynamo would guard on the rank of a view's base.
-    aliases = tuple(_alias(x) if isinstance(x, Tensor) else x for x in tensors)
-    torch.autograd.graph.increment_version(given)
-    return cast(tuple[*Ts], aliases)
-
-
-def _is_plain(x: Tensor) -> bool:
-    lazy = x.is_neg() or x.is_conj() or x.is_inference()
-    return type(x) in (Tensor, Parameter) and x.layout == torch.strided and not lazy
-
-
-def _laid_out_alike(tensors: list[Tensor]) -> bool:
-    if all(x.is_contiguous() for x in tensors):
-        return True
-    first = tensors[0]
-    order = sorted(range(first.ndim), key=first.stride, reverse=True)
-    dense = first.permute(order).is_contiguous()
-    return dense and all(x.stride() == first.stride() for x in tensors)
-
-
-def _alias(x: Tensor) -> Tensor:
-    empty = torch.empty(0, dtype=x.dtype, device=x.device)
-    return empty.set_(x.untyped_storage(), x.storage_offset(), (x.numel(),), (1,))
+def on_device(flag: Tensor | None, device: torch.device) -> Any:
+    return None if flag is None else flag.to(device, non_blocking=True)
 
 
 def workspace(state: Tensors, found_inf: Tensor | None, differentiable: bool) -> list[Any]:
@@ -156,13 +245,18 @@ def store(state: Tensors, work: Tensors, found_inf: Tensor | None) -> None:
             x.copy_(new if found_inf is None else torch.where(found_inf > 0, x, new))
 
 
-def unscaled(grad: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor:
-    """The gradient without its loss scale, which torch's fused updates also store in ``grad``."""
+def unscaled(
+    grad: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None, clip: Tensor | None
+) -> Tensor:
+    """The gradient without its loss scale, which torch's fused updates also store in ``grad``.
+
+    Clipped, too, by the factor ``clip``, but that ``grad`` does not show.
+    """
     g = opmath(grad)
     if grad_scale is not None:
         g = g / grad_scale
         store([grad], [g], found_inf)
-    return g
+    return g if clip is None else g * clip
 
 
 def add(x: Tensor, y: Tensor, scale: Scalar) -> Tensor:
@@ -207,3 +301,35 @@ def is_number(scale: Scalar) -> TypeGuard[float]:
     return not isinstance(scale, Tensor) or (
         scale.is_cpu and not scale.requires_grad and not torch.compiler.is_compiling()
     )
+
+
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """What brings gradients of a norm to ``max_norm``; clamped, as a test would wait for it."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def average(rows: list[Row], group: dict[str, Any], found_inf: Tensor | None) -> None:
+    """Take the parameters, after their step, into the averages of those rows that have one."""
+    rows = [row for row in rows if row.ema is not None]
+    steps = [row.ema_step for row in rows]
+    advance(steps)
+    for row, step in zip(rows, steps, strict=True):
+        ema = cast(Tensor, row.ema)
+        gain = _ema_gain(step_number(cast(Tensor, step)), group)
+        value = row.param.detach().to(ema.dtype)
+        if found_inf is None:
+            ema.lerp_(value, weight(gain, ema))
+        else:
+            store([ema], [ema.lerp(value, weight(gain, ema))], found_inf)
+    uncount(steps, found_inf)
+
+
+def _ema_gain(step: Scalar, group: dict[str, Any]) -> Scalar:
+    """The share of a new value: all for the first, then 1 - d, or corrected for bias."""
+    decay = group["ema_decay"]
+    if isinstance(step, Tensor):
+        total = 1 - decay**step if group.get("ema_bias_correction") else 1.0
+        return torch.where(step == 1, 1.0, (1 - decay) / total)
+    if step == 1:
+        return 1.0
+    return (1 - decay) / (1 - decay**step) if group.get("ema_bias_correction") else 1 - decay

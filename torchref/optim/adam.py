@@ -3,35 +3,37 @@
 # torch._foreach_* is how torch.optim itself works on lists; it has no public name.
 # pyright: reportPrivateImportUsage=false
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import _to_scalar, _use_grad_for_differentiable, _view_as_real
+from torch.optim.optimizer import ParamsT, _to_scalar
 
-from torchref.dispatch import accelerated
+from torchref.optim._one_launch import kernel
+from torchref.optim._optimizer import Optimizer
 from torchref.optim._update import (
+    Row,
     Scalar,
     add,
     addcdiv_,
     addcmul_,
     advance,
-    by_device_and_dtype,
+    alike,
+    as_real,
     check_capturable,
-    flat,
     on_device,
     runs_foreach,
     step_number,
     store,
     uncount,
     unscaled,
+    update_each,
     weight,
     workspace,
 )
 
 
-class Adam(torch.optim.Adam):
+class Adam(Optimizer, torch.optim.Adam):
     r"""Drop-in for :class:`torch.optim.Adam`.
 
     .. math::
@@ -58,8 +60,19 @@ class Adam(torch.optim.Adam):
         maximize: ascend instead of descend.
         capturable: keep the step count on the device, for CUDA graphs.
         differentiable: let autograd record the step.
-        fused: one pass for each tensor, with GradScaler's scale and overflow check inside it.
+        fused: one pass over memory, with GradScaler's scale and overflow check inside it; on the
+            CPU compiled, which takes some seconds in the first step. On a GPU the step is one
+            launch with or without it.
         decoupled_weight_decay: shrink the parameter directly, as :class:`AdamW` does.
+        max_norm: scale all gradients together so that their norm, over all groups, is at most this,
+            as :func:`clip_grad_norm_` would, but inside the step: the gradients stay as they are.
+            The norm before clipping is in ``grad_norm``.
+        ema_decay: keep an average of the parameters, which each step moves by 1 - ``ema_decay``
+            towards them; the first is its start. See ``ema_parameters`` and ``averaged``.
+        ema_bias_correction: let the average weigh all steps as if it had started at zero and been
+            corrected for it, as in :class:`ExponentialMovingAverage`.
+        state_dtype: the type of the state, where it is not to be that of the parameters:
+            ``torch.float32`` keeps the averages of half-precision parameters from stalling.
 
     Raises:
         ValueError: a hyperparameter is out of its range.
@@ -78,39 +91,64 @@ class Adam(torch.optim.Adam):
     Kumar, "On the convergence of Adam and beyond", 2018.
     """
 
-    @_use_grad_for_differentiable
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the parameters once.
+    _kernel = "adam_step"
+    _state_keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step", "ema", "ema_step")
 
-        Args:
-            closure: reevaluates the model and returns the loss.
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: Scalar = 1e-3,
+        betas: tuple[Scalar, Scalar] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        max_norm: float | None = None,
+        ema_decay: float | None = None,
+        ema_bias_correction: bool = False,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        torch.optim.Adam.__init__(
+            self,
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=decoupled_weight_decay,
+        )
+        self._add_options(max_norm, ema_decay, ema_bias_correction, state_dtype)
 
-        Returns:
-            What ``closure`` returns, or None.
-        """
-        self._accelerator_graph_capture_health_check()
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            lists: list[list[Tensor]] = [[], [], [], [], [], []]
-            params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = lists
-            self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
-            grad_scale = getattr(self, "grad_scale", None)
-            found_inf = getattr(self, "found_inf", None)
-            adam(
-                params,
-                grads,
-                exp_avgs,
-                exp_avg_sqs,
-                max_exp_avg_sqs,
-                steps,
-                grad_scale,
-                found_inf,
-                group,
-            )
-        return loss
+    def _rows(self, group: dict[str, Any]) -> list[Row]:
+        lists: list[list[Tensor]] = [[], [], [], [], [], []]
+        self._init_group(group, *lists)
+        params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = lists
+        maxima = max_exp_avg_sqs if group["amsgrad"] else [None] * len(params)
+        states = zip(exp_avgs, exp_avg_sqs, maxima, strict=True)
+        return list(map(Row, params, grads, states, steps))
+
+    def _numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
+        beta1, beta2 = map(float, group["betas"])
+        weight_decay, decoupled = float(group["weight_decay"]), group["decoupled_weight_decay"]
+        l2, decay = (0.0, weight_decay) if decoupled else (weight_decay, 0.0)
+        return self._common_numbers(group, l2) + kernel("adam_numbers")(
+            beta1, beta2, group["eps"], decay
+        )
+
+    def _formula(self, *args: Any) -> None:
+        adam(*args)
 
 
 class AdamW(Adam, torch.optim.AdamW):
@@ -127,6 +165,7 @@ class AdamW(Adam, torch.optim.AdamW):
         lr, betas, eps, amsgrad, maximize, foreach, capturable, differentiable, fused: as in
             :class:`Adam`.
         weight_decay: :math:`\lambda \ge 0`, 0.01 by default.
+        max_norm, ema_decay, ema_bias_correction, state_dtype: as in :class:`Adam`.
 
     Raises:
         ValueError: a hyperparameter is out of its range.
@@ -144,51 +183,90 @@ class AdamW(Adam, torch.optim.AdamW):
     Source: Loshchilov and Hutter, "Decoupled weight decay regularization", 2019.
     """
 
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: Scalar = 1e-3,
+        betas: tuple[Scalar, Scalar] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        max_norm: float | None = None,
+        ema_decay: float | None = None,
+        ema_bias_correction: bool = False,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        torch.optim.AdamW.__init__(
+            self,
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        self._add_options(max_norm, ema_decay, ema_bias_correction, state_dtype)
+
 
 def adam(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    max_exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
+    rows: list[Row],
+    group: dict[str, Any],
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
-    group: dict[str, Any],
+    clip: Tensor | None,
 ) -> None:
-    """One step for a group's tensors; ``max_exp_avg_sqs`` is empty without amsgrad."""
+    """One step for rows of a group, whose states are exp_avg, exp_avg_sq and max_exp_avg_sq."""
     if group["foreach"] and group["differentiable"]:
         raise AssertionError("_foreach ops don't support autograd")  # torch's
-    check_capturable(params, steps, group)
-    state = [exp_avgs, exp_avg_sqs] + ([max_exp_avg_sqs] if group["amsgrad"] else [])
-    _view_as_real(params, grads, *state)
+    check_capturable(rows, group)
+    rows = [row.map(as_real) for row in rows]
+    steps = [row.step for row in rows]
     advance(steps)
-    if runs_foreach(params, group, grad_scale, found_inf):
-        lists = [params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps]
-        for p, g, m, v, v_max, t in by_device_and_dtype(lists):
-            foreach_adam_update(p, g, m, v, v_max, t, group)
+    if runs_foreach(rows, group, grad_scale, found_inf):
+        for p, g, m, v, v_max, t in alike(rows):
+            foreach_adam_update(p, g, m, v, v_max, t, clip, group)
         return
-    beta1, beta2 = map(_to_scalar, group["betas"])
-    l2, decay = _weight_decay(group)
-    for i, param in enumerate(params):
-        max_exp_avg_sq = max_exp_avg_sqs[i] if group["amsgrad"] else None
-        adam_update(
-            *flat(param, grads[i], exp_avgs[i], exp_avg_sqs[i], max_exp_avg_sq),
-            on_device(grad_scale, param),
-            on_device(found_inf, param),
-            *_corrections(steps[i], group),
-            beta1,
-            beta2,
-            group["eps"],
-            l2,
-            decay,
-            group["maximize"],
-            group["differentiable"],
-        )
+    arguments = _arguments(rows, group, grad_scale, found_inf, clip)
+    update_each(adam_update, rows, arguments, group)
     uncount(steps, found_inf)
 
 
-@accelerated("multi_tensor")
+def _arguments(
+    rows: list[Row],
+    group: dict[str, Any],
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    clip: Tensor | None,
+) -> list[tuple[Any, ...]]:
+    """What :func:`adam_update` takes for each row after its tensors; one object for equal ones."""
+    beta1, beta2 = map(_to_scalar, group["betas"])
+    l2, decay = _weight_decay(group)
+    shared: dict[Any, tuple[Any, ...]] = {}
+    arguments = []
+    for row in rows:
+        assert row.step is not None
+        t = step_number(row.step)
+        key = row.param.device, id(t) if isinstance(t, Tensor) else t
+        if key not in shared:
+            flags = (on_device(x, row.param.device) for x in (grad_scale, found_inf, clip))
+            step_size, correction = _corrections(t, group)
+            decays = l2, decay, group["maximize"], group["differentiable"]
+            shared[key] = (*flags, step_size, correction, beta1, beta2, group["eps"], *decays)
+        arguments.append(shared[key])
+    return arguments
+
+
 def adam_update(
     param: Tensor,
     grad: Tensor,
@@ -197,6 +275,7 @@ def adam_update(
     max_exp_avg_sq: Tensor | None,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    clip: Tensor | None,
     step_size: Scalar,
     correction: Scalar,
     beta1: Scalar,
@@ -210,6 +289,7 @@ def adam_update(
     """One tensor's step, in place.
 
     Args:
+        clip: a factor on the gradient.
         step_size: lr / (1 - beta1 ** step).
         correction: sqrt(1 - beta2 ** step).
         l2: the weight decay that is added to the gradient.
@@ -218,7 +298,7 @@ def adam_update(
     state = [param, exp_avg, exp_avg_sq, max_exp_avg_sq]
     work = workspace(state, found_inf, differentiable)
     p, m, v, v_max = work
-    g = unscaled(grad, grad_scale, found_inf)
+    g = unscaled(grad, grad_scale, found_inf, clip)
     if maximize:
         g = -g
     if l2 is not None:
@@ -241,11 +321,14 @@ def foreach_adam_update(
     exp_avg_sqs: list[Tensor],
     max_exp_avg_sqs: list[Tensor],
     steps: list[Tensor],
+    clip: Tensor | None,
     group: dict[str, Any],
 ) -> None:
     """:func:`adam_update` on lists of tensors of one device and type."""
     beta1, beta2 = map(_to_scalar, group["betas"])
     l2, decay = _weight_decay(group)
+    if clip is not None:
+        grads = list(torch._foreach_mul(grads, clip.to(grads[0].device)))
     if group["maximize"]:
         grads = list(torch._foreach_neg(grads))
     if l2 is not None:
@@ -263,7 +346,7 @@ def foreach_adam_update(
         torch._foreach_maximum_(max_exp_avg_sqs, exp_avg_sqs)
         exp_avg_sqs = max_exp_avg_sqs
     denominators = torch._foreach_sqrt(exp_avg_sqs)
-    corrections = [_corrections(step, group) for step in steps]
+    corrections = [_corrections(step_number(step), group) for step in steps]
     torch._foreach_div_(denominators, [correction for _, correction in corrections])
     torch._foreach_add_(denominators, group["eps"])
     step_sizes = [-step_size for step_size, _ in corrections]
@@ -274,9 +357,8 @@ def foreach_adam_update(
         torch._foreach_addcdiv_(params, exp_avgs, denominators, step_sizes)
 
 
-def _corrections(step: Tensor, group: dict[str, Any]) -> tuple[Any, Any]:
+def _corrections(t: Scalar, group: dict[str, Any]) -> tuple[Any, Any]:
     """The step size and the denominator's divisor that undo the averages' start at zero."""
-    t = step_number(step)
     beta1, beta2 = map(_to_scalar, group["betas"])
     return _to_scalar(group["lr"]) / (1 - beta1**t), (1 - beta2**t) ** 0.5
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _device_has_foreach_support, _has_foreach_support
 
-from torchref.optim._update import by_device_and_dtype
+from torchref.optim._one_launch import GradsInOneLaunch
+from torchref.optim._update import by_device_and_dtype, clip_factor
 
 
 @torch.no_grad()
@@ -61,40 +62,65 @@ def clip_grad_norm_(
     norm_type = float(norm_type)
     if not grads:
         return torch.tensor(0.0)
-    parts = [grads for (grads,) in by_device_and_dtype([grads])]
-    norms: list[Tensor] = []
-    for part in parts:
-        norms.extend(_norms(part, norm_type, foreach))
-    norms = [norm.to(grads[0].device) for norm in norms]
-    total_norm = torch.linalg.vector_norm(torch.stack(norms), norm_type)
-    if error_if_nonfinite and not total_norm.isfinite():
+    parts = _parts(grads, norm_type, foreach)
+    norm = _norm(parts, norm_type)
+    if error_if_nonfinite and not norm.isfinite():
         raise RuntimeError(
             f"The total norm of order {norm_type} for gradients from "
             "`parameters` is non-finite, so it cannot be clipped. To disable "
             "this error and scale the gradients by the non-finite norm anyway, "
             "set `error_if_nonfinite=False`"
         )
-    # Clamped instead of tested: a test would wait for the device.
-    scale = (float(max_norm) / (total_norm + 1e-6)).clamp(max=1.0)
     for part in parts:
-        _scale_(part, scale.to(part[0].device), foreach)
-    return total_norm.to(_norm_dtype(grads))
+        part.clip_(norm, float(max_norm))
+    return norm.to(_norm_dtype(grads))
 
 
-def _norms(grads: list[Tensor], norm_type: float, foreach: bool | None) -> list[Tensor]:
-    dtype = _norm_dtype(grads)
-    wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else None
-    if _in_lists(grads, foreach):
-        return list(torch._foreach_norm(grads, norm_type, dtype=wide))
-    return [torch.linalg.vector_norm(g, norm_type, dtype=wide) for g in grads]
+def total_norm(grads: list[Tensor]) -> Tensor:
+    """The 2-norm of all gradients as one vector, on the first one's device."""
+    return _norm(_parts(grads, 2.0, None), 2.0)
 
 
-def _scale_(grads: list[Tensor], scale: Tensor, foreach: bool | None) -> None:
-    if _in_lists(grads, foreach):
-        torch._foreach_mul_(grads, scale)
-    else:
-        for g in grads:
-            g.mul_(scale)
+class _Part:
+    """Gradients of one device and type."""
+
+    def __init__(self, grads: list[Tensor], norm_type: float, foreach: bool | None) -> None:
+        self.grads, self.norm_type, self.foreach = grads, norm_type, foreach
+        self.launch = GradsInOneLaunch.of(grads) if norm_type == 2 else None
+
+    def norms(self) -> list[Tensor]:
+        """The norm of all, or the norm of each."""
+        if self.launch is not None:
+            return [self.launch.norm()]
+        half = self.grads[0].dtype in (torch.float16, torch.bfloat16)
+        wide = torch.float32 if half else None
+        if _in_lists(self.grads, self.foreach):
+            return list(torch._foreach_norm(self.grads, self.norm_type, dtype=wide))
+        return [torch.linalg.vector_norm(g, self.norm_type, dtype=wide) for g in self.grads]
+
+    def clip_(self, norm: Tensor, max_norm: float) -> None:
+        norm = norm.to(self.grads[0].device)
+        if self.launch is not None:
+            self.launch.clip_(norm, max_norm)
+            return
+        scale = clip_factor(norm, max_norm)
+        if _in_lists(self.grads, self.foreach):
+            torch._foreach_mul_(self.grads, scale)
+        else:
+            for g in self.grads:
+                g.mul_(scale)
+
+
+def _parts(grads: list[Tensor], norm_type: float, foreach: bool | None) -> list[_Part]:
+    return [_Part(part, norm_type, foreach) for part in by_device_and_dtype(grads)]
+
+
+def _norm(parts: list[_Part], norm_type: float) -> Tensor:
+    device = parts[0].grads[0].device
+    norms = [norm.to(device) for part in parts for norm in part.norms()]
+    if len(parts) == 1 and parts[0].launch is not None:
+        return norms[0]
+    return torch.linalg.vector_norm(torch.stack(norms), norm_type)
 
 
 def _in_lists(grads: list[Tensor], foreach: bool | None) -> bool:

@@ -3,35 +3,38 @@
 # torch._foreach_* is how torch.optim itself works on lists; it has no public name.
 # pyright: reportPrivateImportUsage=false
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import _to_scalar, _use_grad_for_differentiable, _view_as_real
+from torch.optim.optimizer import ParamsT, _to_scalar
 
-from torchref.dispatch import accelerated
+from torchref.optim._one_launch import kernel
+from torchref.optim._optimizer import Optimizer
 from torchref.optim._update import (
+    Row,
     Scalar,
     add,
     add_,
     addcdiv_,
     addcmul_,
     advance,
-    by_device_and_dtype,
+    alike,
+    as_real,
     check_capturable,
-    flat,
     foreach_add_,
     is_number,
+    on_device,
     runs_foreach,
     store,
     unscaled,
+    update_each,
     weight,
     workspace,
 )
 
 
-class RMSprop(torch.optim.RMSprop):
+class RMSprop(Optimizer, torch.optim.RMSprop):
     r"""Drop-in for :class:`torch.optim.RMSprop`.
 
     .. math::
@@ -60,6 +63,15 @@ class RMSprop(torch.optim.RMSprop):
         foreach: work on lists of tensors; None lets torch choose.
         maximize: ascend instead of descend.
         differentiable: let autograd record the step.
+        max_norm: scale all gradients together so that their norm, over all groups, is at most this,
+            as :func:`clip_grad_norm_` would, but inside the step: the gradients stay as they are.
+            The norm before clipping is in ``grad_norm``.
+        ema_decay: keep an average of the parameters, which each step moves by 1 - ``ema_decay``
+            towards them; the first is its start. See ``ema_parameters`` and ``averaged``.
+        ema_bias_correction: let the average weigh all steps as if it had started at zero and been
+            corrected for it, as in :class:`ExponentialMovingAverage`.
+        state_dtype: the type of the state, where it is not to be that of the parameters:
+            ``torch.float32`` keeps the averages of half-precision parameters from stalling.
 
     Raises:
         ValueError: a hyperparameter is out of its range.
@@ -78,55 +90,84 @@ class RMSprop(torch.optim.RMSprop):
     sequences with recurrent neural networks", section 4.2, 2013 (centered).
     """
 
-    @_use_grad_for_differentiable
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the parameters once.
+    _kernel = "rmsprop_step"
+    _state_keys = ("square_avg", "momentum_buffer", "grad_avg", "step", "ema", "ema_step")
 
-        Args:
-            closure: reevaluates the model and returns the loss.
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: Scalar = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum: float = 0,
+        centered: bool = False,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        *,
+        max_norm: float | None = None,
+        ema_decay: float | None = None,
+        ema_bias_correction: bool = False,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            alpha,
+            eps,
+            weight_decay,
+            momentum,
+            centered,
+            capturable,
+            foreach,
+            maximize,
+            differentiable,
+        )
+        self._add_options(max_norm, ema_decay, ema_bias_correction, state_dtype)
 
-        Returns:
-            What ``closure`` returns, or None.
-        """
-        self._accelerator_graph_capture_health_check()
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            lists: list[list[Tensor]] = [[], [], [], [], [], []]
-            params, grads, square_avgs, momentum_buffers, grad_avgs, steps = lists
-            self._init_group(group, params, grads, square_avgs, momentum_buffers, grad_avgs, steps)
-            rmsprop(params, grads, square_avgs, momentum_buffers, grad_avgs, steps, group)
-        return loss
+    def _rows(self, group: dict[str, Any]) -> list[Row]:
+        lists: list[list[Tensor]] = [[], [], [], [], [], []]
+        self._init_group(group, *lists)
+        params, grads, square_avgs, momentum_buffers, grad_avgs, steps = lists
+        none = [None] * len(params)
+        velocities = momentum_buffers if group["momentum"] > 0 else none
+        means = grad_avgs if group["centered"] else none
+        states = zip(square_avgs, velocities, means, strict=True)
+        return list(map(Row, params, grads, states, steps))
+
+    def _numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
+        own = kernel("rmsprop_numbers")(
+            float(group["alpha"]), group["eps"], float(group["momentum"]), group["centered"]
+        )
+        return self._common_numbers(group, float(group["weight_decay"])) + own
+
+    def _formula(self, *args: Any) -> None:
+        rmsprop(*args)
 
 
 def rmsprop(
-    params: list[Tensor],
-    grads: list[Tensor],
-    square_avgs: list[Tensor],
-    momentum_buffers: list[Tensor],
-    grad_avgs: list[Tensor],
-    steps: list[Tensor],
+    rows: list[Row],
     group: dict[str, Any],
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    clip: Tensor | None,
 ) -> None:
-    """One step for a group's tensors; the lists of state that is not in use are empty."""
+    """One step for rows of a group, whose states are square_avg, momentum_buffer and grad_avg."""
     if group["foreach"] and group["differentiable"]:
         raise AssertionError("_foreach ops don't support autograd")  # torch's
-    check_capturable(params, steps, group)
-    state = [x for x in (grads, square_avgs, momentum_buffers, grad_avgs) if x]
-    _view_as_real(params, *state)
-    advance(steps)
-    if runs_foreach(params, group):
-        lists = [params, grads, square_avgs, momentum_buffers, grad_avgs]
-        for p, g, v, b, mean in by_device_and_dtype(lists):
-            foreach_rmsprop_update(p, g, v, b, mean, group)
+    check_capturable(rows, group)
+    rows = [row.map(as_real) for row in rows]
+    advance([row.step for row in rows])
+    if runs_foreach(rows, group, grad_scale, found_inf):
+        for p, g, v, b, mean, _ in alike(rows):
+            foreach_rmsprop_update(p, g, v, b, mean, clip, group)
         return
-    for i, param in enumerate(params):
-        momentum_buffer = momentum_buffers[i] if group["momentum"] > 0 else None
-        grad_avg = grad_avgs[i] if group["centered"] else None
-        rmsprop_update(
-            *flat(param, grads[i], square_avgs[i], momentum_buffer, grad_avg),
+    devices = {row.param.device: () for row in rows}
+    arguments = {
+        device: (
+            on_device(clip, device),
             _to_scalar(group["lr"]),
             group["alpha"],
             group["eps"],
@@ -135,15 +176,18 @@ def rmsprop(
             group["maximize"],
             group["differentiable"],
         )
+        for device in devices
+    }
+    update_each(rmsprop_update, rows, [arguments[row.param.device] for row in rows], group)
 
 
-@accelerated("multi_tensor")
 def rmsprop_update(
     param: Tensor,
     grad: Tensor,
     square_avg: Tensor,
     momentum_buffer: Tensor | None,
     grad_avg: Tensor | None,
+    clip: Tensor | None,
     lr: Scalar,
     alpha: Scalar,
     eps: float,
@@ -152,11 +196,11 @@ def rmsprop_update(
     maximize: bool,
     differentiable: bool,
 ) -> None:
-    """One tensor's step, in place; ``grad_avg`` is None unless the update is centered."""
+    """One tensor's step, in place; ``clip`` is a factor on the gradient."""
     state = [param, square_avg, momentum_buffer, grad_avg]
     work = workspace(state, None, differentiable)
     p, v, b, mean = work
-    g = unscaled(grad, None, None)
+    g = unscaled(grad, None, None, clip)
     if maximize:
         g = -g
     if weight_decay is not None:
@@ -182,10 +226,13 @@ def foreach_rmsprop_update(
     square_avgs: list[Tensor],
     momentum_buffers: list[Tensor],
     grad_avgs: list[Tensor],
+    clip: Tensor | None,
     group: dict[str, Any],
 ) -> None:
     """:func:`rmsprop_update` on lists of tensors of one device and type."""
     lr, alpha = _to_scalar(group["lr"]), group["alpha"]
+    if clip is not None:
+        grads = list(torch._foreach_mul(grads, clip.to(grads[0].device)))
     if group["maximize"]:
         grads = list(torch._foreach_neg(grads))
     if group["weight_decay"] != 0:

@@ -3,30 +3,32 @@
 # torch._foreach_* is how torch.optim itself works on lists; it has no public name.
 # pyright: reportPrivateImportUsage=false
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT, _to_scalar, _use_grad_for_differentiable, _view_as_real
+from torch.optim.optimizer import ParamsT, _to_scalar
 
-from torchref.dispatch import accelerated
+from torchref.optim._one_launch import kernel
+from torchref.optim._optimizer import Optimizer
 from torchref.optim._update import (
+    Row,
     Scalar,
     add,
     add_,
-    by_device_and_dtype,
-    flat,
+    alike,
+    as_real,
     foreach_add_,
     on_device,
     runs_foreach,
     store,
     unscaled,
+    update_each,
     workspace,
 )
 
 
-class SGD(torch.optim.SGD):
+class SGD(Optimizer, torch.optim.SGD):
     r"""Drop-in for :class:`torch.optim.SGD`, with the course's momentum on request.
 
     .. math::
@@ -58,12 +60,23 @@ class SGD(torch.optim.SGD):
         maximize: ascend instead of descend.
         foreach: work on lists of tensors; None lets torch choose.
         differentiable: let autograd record the step.
-        fused: one pass for each tensor, with GradScaler's scale and overflow check inside it.
+        fused: one pass over memory, with GradScaler's scale and overflow check inside it; on the
+            CPU compiled, which takes some seconds in the first step. On a GPU the step is one
+            launch with or without it.
         lr_in_velocity: the course's momentum. It is written to the param groups, and so to the
             state_dict, only where it is on: without it the state_dict is torch's to the key. A
             state_dict from torch.optim.SGD carries torch's momentum with it, as it carries its
             other options. torch.optim.SGD accepts a state_dict with the key but ignores it, and
             would multiply the velocity by the learning rate again.
+        max_norm: scale all gradients together so that their norm, over all groups, is at most this,
+            as :func:`clip_grad_norm_` would, but inside the step: the gradients stay as they are.
+            The norm before clipping is in ``grad_norm``.
+        ema_decay: keep an average of the parameters, which each step moves by 1 - ``ema_decay``
+            towards them; the first is its start. See ``ema_parameters`` and ``averaged``.
+        ema_bias_correction: let the average weigh all steps as if it had started at zero and been
+            corrected for it, as in :class:`ExponentialMovingAverage`.
+        state_dtype: the type of the state, where it is not to be that of the parameters:
+            ``torch.float32`` keeps the averages of half-precision parameters from stalling.
 
     Raises:
         ValueError: a hyperparameter is out of its range.
@@ -98,6 +111,10 @@ class SGD(torch.optim.SGD):
         differentiable: bool = False,
         fused: bool | None = None,
         lr_in_velocity: bool = False,
+        max_norm: float | None = None,
+        ema_decay: float | None = None,
+        ema_bias_correction: bool = False,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -111,92 +128,89 @@ class SGD(torch.optim.SGD):
             differentiable=differentiable,
             fused=fused,
         )
-        if lr_in_velocity:
-            self.defaults["lr_in_velocity"] = True
-            for group in self.param_groups:
-                group.setdefault("lr_in_velocity", True)
+        self._add_options(
+            max_norm,
+            ema_decay,
+            ema_bias_correction,
+            state_dtype,
+            lr_in_velocity=lr_in_velocity or None,
+        )
 
-    @_use_grad_for_differentiable
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the parameters once.
+    _kernel = "sgd_step"
+    _state_keys = ("momentum_buffer", "ema", "ema_step")
 
-        Args:
-            closure: reevaluates the model and returns the loss.
+    def _rows(self, group: dict[str, Any]) -> list[Row]:
+        """A buffer that is None starts here, at its first gradient, undampened, as torch's does."""
+        params: list[Tensor] = []
+        grads: list[Tensor] = []
+        buffers: list[Tensor | None] = []
+        has_sparse_grad = self._init_group(group, params, grads, buffers)
+        if has_sparse_grad and group["fused"]:
+            raise RuntimeError("`_fused_sgd` does not support sparse gradients")  # torch's
+        if not buffers:
+            return [Row(param, grad, (None,)) for param, grad in zip(params, grads, strict=True)]
+        rows = []
+        for param, grad, buffer in zip(params, grads, buffers, strict=True):
+            starts = buffer is None
+            if buffer is None:  # zeros, so that an overflow in the first step leaves no trace
+                buffer = self.state[param]["momentum_buffer"] = torch.zeros_like(grad.detach())
+            rows.append(Row(param, grad, (buffer,), starts=starts))
+        return rows
 
-        Returns:
-            What ``closure`` returns, or None.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params: list[Tensor] = []
-            grads: list[Tensor] = []
-            buffers: list[Tensor | None] = []
-            has_sparse_grad = self._init_group(group, params, grads, buffers)
-            if has_sparse_grad and group["fused"]:
-                raise RuntimeError("`_fused_sgd` does not support sparse gradients")  # torch's
-            grad_scale = getattr(self, "grad_scale", None)
-            found_inf = getattr(self, "found_inf", None)
-            sgd(params, grads, buffers, grad_scale, found_inf, group)
-            if group["momentum"] != 0:
-                for param, buffer in zip(params, buffers, strict=True):
-                    self.state[param]["momentum_buffer"] = buffer
-        return loss
+    def _numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
+        momentum, dampening = float(group["momentum"]), float(group["dampening"])
+        dampening = dampening if momentum else 0.0
+        lr_in_velocity = group.get("lr_in_velocity", False)
+        own = kernel("sgd_numbers")(momentum, dampening, group["nesterov"], lr_in_velocity)
+        return self._common_numbers(group, float(group["weight_decay"])) + own
+
+    def _formula(self, *args: Any) -> None:
+        sgd(*args)
 
 
 def sgd(
-    params: list[Tensor],
-    grads: list[Tensor],
-    buffers: list[Tensor | None],
+    rows: list[Row],
+    group: dict[str, Any],
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
-    group: dict[str, Any],
+    clip: Tensor | None,
 ) -> None:
-    """One step for a group's tensors; ``buffers`` is empty without momentum.
-
-    A buffer that is None starts here, at its first gradient, undampened, as torch's does.
-    """
-    starts = [buffer is None for buffer in buffers] or [False] * len(params)
-    for i, buffer in enumerate(buffers):
-        if buffer is None:  # zeros, so that an overflow in the first step leaves no trace
-            buffers[i] = torch.zeros_like(grads[i].detach())
-    params, grads, velocities = list(params), list(grads), list(buffers)
-    sparse = any(grad.is_sparse for grad in grads)
+    """One step for rows of a group, whose state is the momentum's buffer."""
+    sparse = any(row.grad.is_sparse for row in rows)
     if not sparse:
-        _view_as_real(params, grads, *([velocities] if velocities else []))
-    if not sparse and runs_foreach(params, group, grad_scale, found_inf):
-        for start in set(starts):
-            lists = [_where(x, starts, start) for x in (params, grads, velocities)]
-            for p, g, v in by_device_and_dtype(lists):
-                foreach_sgd_update(p, g, v, start, group)
-        return
-    for i, param in enumerate(params):
-        lr, momentum, gain, weight_decay, lr_in_velocity = _hyperparameters(group, starts[i])
-        sgd_update(
-            *flat(param, grads[i], velocities[i] if velocities else None),
-            on_device(grad_scale, param),
-            on_device(found_inf, param),
-            lr,
-            momentum,
-            gain,
-            weight_decay,
-            lr_in_velocity,
-            group["nesterov"],
-            group["maximize"],
-            starts[i] and group["differentiable"],
-            group["differentiable"],
-        )
+        rows = [row.map(as_real) for row in rows]
+    for start in {row.starts for row in rows}:
+        part = [row for row in rows if row.starts == start]
+        if not sparse and runs_foreach(rows, group, grad_scale, found_inf):
+            for p, g, v, _ in alike(part):
+                foreach_sgd_update(p, g, v, start, clip, group)
+            continue
+        lr, momentum, gain, weight_decay, lr_in_velocity = _hyperparameters(group, start)
+        arguments = {
+            device: (
+                *(on_device(x, device) for x in (grad_scale, found_inf, clip)),
+                lr,
+                momentum,
+                gain,
+                weight_decay,
+                lr_in_velocity,
+                group["nesterov"],
+                group["maximize"],
+                start and group["differentiable"],
+                group["differentiable"],
+            )
+            for device in {row.param.device for row in part}
+        }
+        update_each(sgd_update, part, [arguments[row.param.device] for row in part], group)
 
 
-@accelerated("multi_tensor")
 def sgd_update(
     param: Tensor,
     grad: Tensor,
     momentum_buffer: Tensor | None,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    clip: Tensor | None,
     lr: Scalar,
     momentum: float,
     gain: float,
@@ -210,13 +224,14 @@ def sgd_update(
     """One tensor's step, in place.
 
     Args:
+        clip: a factor on the gradient.
         gain: the share of the gradient that enters the velocity.
         detached: autograd sees a velocity without its first gradient, as in torch.
     """
     state = [param, momentum_buffer]
     work = workspace(state, found_inf, differentiable)
     p, v = work
-    g = unscaled(grad, grad_scale, found_inf)
+    g = unscaled(grad, grad_scale, found_inf, clip)
     if maximize:
         g = -g
     if weight_decay is not None:
@@ -235,10 +250,13 @@ def foreach_sgd_update(
     grads: list[Tensor],
     buffers: list[Tensor],
     start: bool,
+    clip: Tensor | None,
     group: dict[str, Any],
 ) -> None:
     """:func:`sgd_update` on lists of tensors of one device and type."""
     lr, momentum, gain, weight_decay, lr_in_velocity = _hyperparameters(group, start)
+    if clip is not None:
+        grads = list(torch._foreach_mul(grads, clip.to(grads[0].device)))
     if group["maximize"]:
         grads = list(torch._foreach_neg(grads))
     if weight_decay is not None:
@@ -262,7 +280,3 @@ def _hyperparameters(group: dict[str, Any], start: bool) -> tuple[Any, ...]:
         None if group["weight_decay"] == 0 else group["weight_decay"],
         group.get("lr_in_velocity", False),
     )
-
-
-def _where(tensors: list[Any], starts: list[bool], start: bool) -> list[Any]:
-    return [x for x, starts_here in zip(tensors, starts, strict=False) if starts_here == start]

@@ -1,0 +1,25 @@
+import pytest
+import torch
+
+from torchref import dispatch
+
+_traced_variants = {}  # kept from test to test
+
+
+@pytest.fixture(autouse=True)
+def _compile_without_code_generation(request, monkeypatch):
+    """Trace updates as :func:`torch.compile` does, but run the trace; ``inductor`` undoes it."""
+    if "inductor" in request.fixturenames:
+        return
+    real = torch.compile
+
+    def compile_(function, backend="aot_eager", **kwargs):
+        return real(function, backend=backend, **kwargs)
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(dispatch, "_variants", _traced_variants)
+
+
+@pytest.fixture
+def inductor(monkeypatch):
+    monkeypatch.setattr(dispatch, "_variants", {})

@@ -1,0 +1,271 @@
+"""Steps, norms and clipping of all tensors in one launch: which tensors, and where they are.
+
+A kernel takes dense tensors of float32, float16 and bfloat16 on a GPU, a parameter's all laid out
+alike, and the shard that a :class:`torch.distributed.tensor.DTensor` has in this process. The rest
+is for the formula: complex, sparse and float64 tensors, those of other subclasses, and steps that
+autograd records.
+"""
+
+from collections.abc import Callable, Sequence
+from operator import is_
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from torchref.dispatch import KERNEL_DTYPES, find_kernel, get_backend, is_plain, kernel_for
+from torchref.optim._update import Row, is_dense, on_device
+
+if TYPE_CHECKING:
+    from torchref.optim._optimizer import Optimizer
+
+STATES = 3  # columns for them in the kernel's tables
+
+
+class StepInOneLaunch:
+    """The tensors of a step, kept for the next one: only gradients may move in between.
+
+    One launch for all whose parameters, gradients and states share device and types.
+    """
+
+    def __init__(self, optimizer: "Optimizer", rows: list[tuple[int, Row]], name: str) -> None:
+        """``rows`` with the number of the group of each."""
+        self.name = name
+        self.backend = get_backend()
+        self.state = optimizer.state
+        self.params = _params(optimizer)
+        self.structure = _structure(optimizer)
+        self.paused = [p.grad is None for p in self.params]
+        self.kept = _kept(optimizer, self.params)
+        parts: dict[Any, list[int]] = {}
+        for i, (_, row) in enumerate(rows):
+            state = next((x.dtype for x in row.states if x is not None), torch.float32)
+            kind = row.param.device, row.param.dtype, row.grad.dtype, state
+            parts.setdefault(kind, []).append(i)
+        self.parts = [_Part(optimizer, indices, rows) for indices in parts.values()]
+        self.looks = [_look(row.grad) for _, row in rows]
+
+    def holds(self, optimizer: "Optimizer") -> bool:
+        """Whether everything but gradients is where it was; then the parts hold today's."""
+        if get_backend() != self.backend or not is_plain(()):
+            return False
+        params = _params(optimizer)
+        if optimizer.state is not self.state or not _same(params, self.params):
+            return False
+        grads = [p.grad for p in params]
+        if self.paused != [g is None for g in grads] or self.structure != _structure(optimizer):
+            return False
+        if not all(map(_same, _kept(optimizer, params), self.kept)):
+            return False
+        live = [local(g) for g in grads if g is not None]
+        if self.looks != [_look(g) for g in live]:
+            return False
+        return all(part.holds(live) for part in self.parts)
+
+    def load(self, optimizer: "Optimizer") -> None:
+        """Tell the device where the tensors are and what the hyperparameters are by now."""
+        numbers = [optimizer._numbers(group) for group in optimizer.param_groups]
+        for part in self.parts:
+            part.load(numbers)
+
+    def norms(self, grad_scale: Tensor | None) -> list[Tensor]:
+        """The norm of each part's gradients."""
+        grad_norm = kernel("grad_norm")
+        return [grad_norm(part.tables, on_device(grad_scale, part.device)) for part in self.parts]
+
+    def step(
+        self, grad_scale: Tensor | None, found_inf: Tensor | None, norm: Tensor | None
+    ) -> None:
+        launch = kernel(self.name)
+        for part in self.parts:
+            flags = (on_device(x, part.device) for x in (grad_scale, found_inf, norm))
+            launch(part.tables, *flags)
+            part.starts = [False] * len(part.starts)
+            # Autograd does not see what a kernel writes; what it saved of these is stale now.
+            torch.autograd.graph.increment_version(part.written)
+
+
+class _Part:
+    """The rows of one launch."""
+
+    def __init__(
+        self, optimizer: "Optimizer", indices: list[int], rows: list[tuple[int, Row]]
+    ) -> None:
+        self.indices = indices
+        self.groups = [rows[i][0] for i in indices]
+        chosen = [rows[i][1] for i in indices]
+        self.starts = [row.starts for row in chosen]
+        lrs = [_lr_tensor(optimizer.param_groups[group]) for group in self.groups]
+        states = [[row.states[k] for row in chosen] for k in range(len(chosen[0].states))]
+        states += [[None] * len(chosen)] * (STATES - len(states))
+        self.columns: list[Sequence[Tensor | None]] = [
+            [row.param for row in chosen],
+            lrs,
+            [row.step for row in chosen],
+            [row.ema for row in chosen],
+            [row.ema_step for row in chosen],
+            *states,
+        ]
+        self.grads = [row.grad for row in chosen]
+        self.device = chosen[0].param.device
+        sizes = [row.param.numel() for row in chosen]
+        types = [next((x.dtype for x in column if x is not None), None) for column in self.columns]
+        self.tables = kernel("Tables")(sizes, self.device, [self.grads[0].dtype, *types])
+        self.addresses = list(map(_addresses, self.columns))
+        self.written = [
+            x for column in self.columns[:1] + self.columns[3:] for x in column if x is not None
+        ]
+
+    def holds(self, grads: list[Tensor]) -> bool:
+        self.grads = [grads[i] for i in self.indices]
+        return self.addresses == list(map(_addresses, self.columns))
+
+    def load(self, numbers: list[tuple[float, ...]]) -> None:
+        addresses = [_addresses(self.grads), *self.addresses]
+        self.grads = []  # the backward pass to come may have their memory
+        self.tables.load(addresses, self.groups, self.starts, numbers)
+
+
+class GradsInOneLaunch:
+    """Gradients of one device and type, for their norm and for clipping."""
+
+    def __init__(self, grads: list[Tensor]) -> None:
+        self.grads = grads
+        sizes = [g.numel() for g in grads]
+        self.tables = kernel("Tables")(sizes, grads[0].device, [grads[0].dtype])
+        self.tables.load([_addresses(grads)])
+
+    @classmethod
+    def of(cls, grads: list[Tensor]) -> "GradsInOneLaunch | None":
+        """None where the formula is to run."""
+        if (
+            torch.compiler.is_compiling()
+            or kernel_for("multi_tensor", "grad_norm", grads[0]) is None
+        ):
+            return None
+        takes = is_plain(tuple(grads)) and grads[0].dtype in KERNEL_DTYPES
+        return cls(grads) if takes and all(map(is_dense, grads)) else None
+
+    def norm(self) -> Tensor:
+        return kernel("grad_norm")(self.tables, None)
+
+    def clip_(self, norm: Tensor, max_norm: float) -> None:
+        kernel("clip_grads")(self.tables, norm.float(), max_norm)
+        torch.autograd.graph.increment_version(self.grads)
+
+
+def split(
+    optimizer: "Optimizer", rows: list[list[Row]], name: str
+) -> tuple[StepInOneLaunch | None, list[list[Row]]]:
+    """The rows that the kernel ``name`` takes, and, group by group, those it leaves to formulas."""
+    taken: list[tuple[int, Row]] = []
+    left: list[list[Row]] = []
+    for number, group in enumerate(optimizer.param_groups):
+        left.append([])
+        for row in rows[number]:
+            here = row.map(local)
+            if _takes(here, group, kernel_for("multi_tensor", name, here.param)):
+                taken.append((number, _counted_on_device(optimizer, row, here)))
+            else:
+                left[-1].append(row)
+    if len({id(row.param) for _, row in taken}) < len(taken):
+        return None, rows  # a parameter listed twice takes two steps, one after the other
+    return (StepInOneLaunch(optimizer, taken, name) if taken else None), left
+
+
+def _takes(row: Row, group: dict[str, Any], launcher: Callable[..., Any] | None) -> bool:
+    states = [x for x in row.states if x is not None]
+    tensors = [row.param, row.grad, *states, *([] if row.ema is None else [row.ema])]
+    counts = [x for x in (row.step, row.ema_step) if x is not None]
+    strides, size = row.param.stride(), row.param.shape
+    return (
+        launcher is not None
+        and not group["differentiable"]
+        and _reads_scalars(group, row.param.device)
+        and all(x.dtype in KERNEL_DTYPES and x.device == row.param.device for x in tensors)
+        and all(x.dtype == states[0].dtype for x in states)
+        and (row.ema is None or row.ema.dtype == torch.float32)
+        and is_plain(tuple(tensors))
+        and is_dense(row.param)
+        and all(x.stride() == strides and x.shape == size for x in tensors)
+        and all(x.dtype == torch.float32 for x in counts)
+    )
+
+
+def _reads_scalars(group: dict[str, Any], device: torch.device) -> bool:
+    """Whether the group's scalars that are tensors are read without waiting for them."""
+    for key, value in group.items():
+        for x in value if key == "betas" else (value,):
+            on_host = not isinstance(x, Tensor) or x.is_cpu
+            if not on_host and (key != "lr" or x.dtype != torch.float32 or x.device != device):
+                return False
+    return True
+
+
+def _lr_tensor(group: dict[str, Any]) -> Tensor | None:
+    """The learning rate, where it is a tensor that only the device should read."""
+    lr = group["lr"]
+    return lr if isinstance(lr, Tensor) and not lr.is_cpu else None
+
+
+def _counted_on_device(optimizer: "Optimizer", row: Row, here: Row) -> Row:
+    """The row with its counts where the kernel finds them, in the optimizer's state as well."""
+    counts = {"step": row.step, "ema_step": row.ema_step}
+    for key, count in counts.items():
+        if count is not None and count.device != here.param.device:
+            counts[key] = count.to(here.param.device)
+            optimizer.state[row.param][key] = counts[key]
+    return here._replace(**counts)
+
+
+def local(x: Tensor) -> Tensor:
+    """What this process has of a DTensor; any other tensor itself."""
+    if type(x) in (Tensor, Parameter) or not torch.distributed.is_available():
+        return x
+    from torch.distributed.tensor import DTensor
+
+    return x._local_tensor if isinstance(x, DTensor) else x
+
+
+def kernel(name: str) -> Any:
+    """What :mod:`torchref.triton_kernels.multi_tensor` calls by that name."""
+    return find_kernel("multi_tensor", name)
+
+
+def _params(optimizer: "Optimizer") -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _kept(optimizer: "Optimizer", params: list[Tensor]) -> list[list[Any]]:
+    """The state of the parameters, a list for each of the optimizer's keys."""
+    states = [optimizer.state.get(p, {}) for p in params]
+    return [[state.get(key) for state in states] for key in optimizer._state_keys]
+
+
+def _structure(optimizer: "Optimizer") -> list[list[Any]]:
+    """What of the groups' options decides which tensors and which path a step takes."""
+    return [
+        [_kind(value) for key, value in group.items() if key != "params"]
+        for group in optimizer.param_groups
+    ]
+
+
+def _kind(value: Any) -> Any:
+    if isinstance(value, float):  # its value is for the device; a 0 may mean that it is not in use
+        return value != 0
+    if isinstance(value, Tensor):
+        return id(value)
+    return tuple(map(_kind, value)) if isinstance(value, tuple | list) else value
+
+
+def _same(a: list[Any], b: list[Any]) -> bool:
+    return len(a) == len(b) and all(map(is_, a, b))
+
+
+def _look(grad: Tensor) -> tuple[Any, ...]:
+    return type(grad), grad.dtype, grad.stride(), grad.is_neg()
+
+
+def _addresses(column: Sequence[Tensor | None]) -> list[int]:
+    return [0 if x is None else x.data_ptr() for x in column]

@@ -1,0 +1,264 @@
+"""What the optimizers add to torch's: options, the path of a step, the average of the weights.
+
+A step collects a :class:`~torchref.optim._update.Row` of tensors for each parameter that has a
+gradient. Those that a kernel takes go to :mod:`torchref.optim._one_launch`, of all groups together;
+the rest go to the optimizer's formula, group by group.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import _use_grad_for_differentiable
+
+from torchref.autograd import opmath
+from torchref.optim._one_launch import StepInOneLaunch, kernel, split
+from torchref.optim._update import Row, average, clip_factor, on_device
+from torchref.optim.clip import total_norm
+
+
+class Optimizer(torch.optim.Optimizer):
+    """The base of ours; each is also an optimizer of torch's."""
+
+    grad_norm: Tensor | None = None  # of the last step under max_norm, before clipping
+    _in_one_launch: StepInOneLaunch | None = None
+    _kernel: str
+    _state_keys: tuple[str, ...]
+
+    def _rows(self, group: dict[str, Any]) -> list[Row]:
+        """The tensors of each of a group's parameters that has a gradient."""
+        raise NotImplementedError
+
+    def _numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
+        """A group's hyperparameters as the kernel reads them."""
+        raise NotImplementedError
+
+    def _formula(
+        self,
+        rows: list[Row],
+        group: dict[str, Any],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        clip: Tensor | None,
+    ) -> None:
+        """One step of some of a group's rows; ``clip`` is a factor on their gradients."""
+        raise NotImplementedError
+
+    def _add_options(
+        self,
+        max_norm: float | None,
+        ema_decay: float | None,
+        ema_bias_correction: bool,
+        state_dtype: torch.dtype | None,
+        **options: Any,
+    ) -> None:
+        """Write those options of ours that are in use to the groups; the others leave no trace."""
+        name = type(self).__name__
+        if max_norm is not None and not max_norm >= 0:
+            raise ValueError(f"{name}: expected `max_norm` >= 0, got {max_norm}")
+        if ema_decay is not None and not 0 <= ema_decay < 1:
+            raise ValueError(f"{name}: expected `ema_decay` in [0, 1), got {ema_decay}")
+        if ema_bias_correction and ema_decay is None:
+            raise ValueError(f"{name}: `ema_bias_correction` needs `ema_decay`, which is None")
+        if state_dtype is not None and not state_dtype.is_floating_point:
+            raise ValueError(
+                f"{name}: expected `state_dtype` to be a floating point type, got {state_dtype}"
+            )
+        options |= {
+            "max_norm": max_norm,
+            "ema_decay": ema_decay,
+            "ema_bias_correction": ema_bias_correction or None,
+            "state_dtype": state_dtype,
+        }
+        for key, value in options.items():
+            if value is not None:
+                self.defaults[key] = value
+                for group in self.param_groups:
+                    group.setdefault(key, value)
+
+    @_use_grad_for_differentiable
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters once.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            What ``closure`` returns, or None.
+        """
+        if "capturable" in self.defaults:
+            self._accelerator_graph_capture_health_check()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        launch, left = self._split()
+        norm = None
+        if any(group.get("max_norm") is not None for group in self.param_groups):
+            norm = self.grad_norm = self._norm(launch, left, grad_scale)
+        if launch is not None:
+            launch.step(grad_scale, found_inf, norm)
+        for group, rows in zip(self.param_groups, left, strict=True):
+            if rows:
+                clip = _clip(norm, group)
+                self._formula(rows, group, grad_scale, found_inf, clip)
+                average(rows, group, found_inf)
+            self._average_paused(group, found_inf)
+        return loss
+
+    def _split(self) -> tuple[StepInOneLaunch | None, list[list[Row]]]:
+        """What goes to the kernel, and the rows of each group that go to the formula."""
+        compiling = torch.compiler.is_compiling()
+        launch = None if compiling else self._in_one_launch
+        if launch is not None and launch.holds(self):
+            left: list[list[Row]] = [[] for _ in self.param_groups]
+        else:
+            left = [self._prepared(group) for group in self.param_groups]
+            if compiling:
+                return None, left
+            launch, left = split(self, left, self._kernel)
+            self._in_one_launch = None if any(left) else launch
+        if launch is not None:
+            launch.load(self)
+        return launch, left
+
+    def _prepared(self, group: dict[str, Any]) -> list[Row]:
+        """The group's rows, with states of ``state_dtype`` and averages where asked for."""
+        rows = self._rows(group)
+        dtype = group.get("state_dtype")
+        if dtype is not None:
+            rows = [self._with_state_of(dtype, row) for row in rows]
+        if group.get("ema_decay") is not None:
+            rows = [self._with_average(row) for row in rows]
+        return rows
+
+    def _with_state_of(self, dtype: torch.dtype, row: Row) -> Row:
+        """The row with its states, which torch makes in the parameter's type, in another."""
+        if all(x is None or x.dtype == dtype for x in row.states):
+            return row
+        states = tuple(None if x is None else x.to(dtype) for x in row.states)
+        state = self.state[row.param]
+        for key, x in zip(self._state_keys, states, strict=False):
+            if x is not None:
+                state[key] = x
+        return row._replace(states=states)
+
+    def _with_average(self, row: Row) -> Row:
+        state = self.state[row.param]
+        if "ema" not in state:
+            # A parameter whose first gradient comes late was constant until now.
+            counts = [other["ema_step"] for other in self.state.values() if "ema_step" in other]
+            state["ema"] = opmath(row.param.detach()).clone(memory_format=torch.preserve_format)
+            state["ema_step"] = counts[0].clone() if counts else torch.zeros(())
+        return row._replace(ema=state["ema"], ema_step=state["ema_step"])
+
+    def _average_paused(self, group: dict[str, Any], found_inf: Tensor | None) -> None:
+        """Parameters that take no step are averaged, too, as they are."""
+        if group.get("ema_decay") is None:
+            return
+        paused = [p for p in group["params"] if p.grad is None and "ema" in self.state.get(p, {})]
+        rows = [
+            Row(p, p, (), None, False, self.state[p]["ema"], self.state[p]["ema_step"])
+            for p in paused
+        ]
+        average(rows, group, found_inf)
+
+    def _common_numbers(self, group: dict[str, Any], l2: float) -> tuple[float, ...]:
+        """The kernel's numbers that all optimizers have."""
+        lr = group["lr"]
+        return kernel("common_numbers")(
+            0.0 if isinstance(lr, Tensor) and not lr.is_cpu else float(lr),
+            group["maximize"],
+            l2,
+            group.get("max_norm"),
+            group.get("ema_decay"),
+            group.get("ema_bias_correction", False),
+        )
+
+    def _norm(
+        self,
+        launch: StepInOneLaunch | None,
+        left: list[list[Row]],
+        grad_scale: Tensor | None,
+    ) -> Tensor:
+        """The norm of all gradients, without their loss scale."""
+        norms = [] if launch is None else launch.norms(grad_scale)
+        grads = [row.grad for rows in left for row in rows]
+        if grads:
+            norm = total_norm(grads)
+            norms.append(norm if grad_scale is None else norm / on_device(grad_scale, norm.device))
+        if len(norms) == 1:
+            return norms[0]
+        return torch.linalg.vector_norm(torch.stack([norm.to(norms[0]) for norm in norms]))
+
+    def ema_parameters(self) -> list[Tensor]:
+        """The averages of the parameters, in the order of the groups and of their parameters.
+
+        They are the optimizer's own tensors, of float32 where a parameter's type is a half. A
+        parameter that has taken no step is its own average.
+        """
+        return [
+            self.state.get(p, {}).get("ema", p.detach())
+            for group in self.param_groups
+            for p in group["params"]
+        ]
+
+    @contextlib.contextmanager
+    @torch.no_grad()
+    def averaged(self) -> Iterator[None]:
+        """Put the averages in the parameters' place for a block: to validate, or to save them."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        before = [p.detach().clone() for p in params]
+        for p, ema in zip(params, self.ema_parameters(), strict=True):
+            p.copy_(ema)
+        try:
+            yield
+        finally:
+            for p, x in zip(params, before, strict=True):
+                p.copy_(x)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Torch's, with the counts of steps where torch has them."""
+        state_dict = super().state_dict()
+        states = state_dict["state"]
+        for group in state_dict["param_groups"]:
+            if group.get("capturable") or group.get("fused"):
+                continue
+            keys = [key for key in group["params"] if "step" in states.get(key, {})]
+            counts = [states[key]["step"] for key in keys]
+            if counts and not counts[0].is_cpu:  # the kernel has moved them; one copy for all
+                for key, count in zip(keys, torch.stack(counts).cpu(), strict=True):
+                    states[key] = {**states[key], "step": count.clone()}
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Torch's, but averages and states of ``state_dtype`` come in the type they had."""
+        super().load_state_dict(state_dict)
+        self._in_one_launch = None
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for p, key in zip(group["params"], saved["params"], strict=True):
+                self._restore(p, state_dict["state"].get(key, {}), group.get("state_dtype"))
+
+    def _restore(self, p: Tensor, saved: dict[str, Any], dtype: torch.dtype | None) -> None:
+        """Take from a saved state what torch has cast to the parameter's type."""
+        for key in self._state_keys:
+            average = key in ("ema", "ema_step")
+            if key in saved and (average or (dtype is not None and key != "step")):
+                x = saved[key].to(saved[key].dtype if average else dtype, copy=True)
+                self.state[p][key] = x.to(p.device)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # a state_dict of torch's has none of our options
+            for key in ("max_norm", "ema_decay", "ema_bias_correction", "state_dtype"):
+                if key in self.defaults:
+                    group.setdefault(key, self.defaults[key])
+
+
+def _clip(norm: Tensor | None, group: dict[str, Any]) -> Tensor | None:
+    """The factor on a group's gradients, None where it does not clip."""
+    max_norm = group.get("max_norm")
+    return None if norm is None or max_norm is None else clip_factor(norm, max_norm)

@@ -1,0 +1,185 @@
+"""Many tensors in one launch: tables on the device say where each lies, and who works on what.
+
+======== ==================== ===================================================================
+words    int64 (programs,)    a program's tensor in the upper half, its chunk of it in the lower
+rows     int64 (columns,      of each tensor: its size, its flags with the number of its group
+         tensors)             above them, then addresses, 0 for what is not there
+numbers  float32 (groups,     of each group of tensors: hyperparameters
+         numbers)
+ticket   int32 (1,)           how many programs are done; the last one puts it back to 0
+======== ==================== ===================================================================
+
+The host keeps what it sent and sends again only what has changed, in a copy that nobody waits for.
+While a CUDA graph is being captured everything is sent, to tables that are the graph's own: it
+fills them again at each replay.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import cdiv, driver
+
+CHUNK = tl.constexpr(4096)  # elements a program
+BLOCK = tl.constexpr(512)  # of them at a time: with 4 warps, a load of 128 bits a thread in float32
+
+# The first columns. Addresses begin with the gradients'.
+NUMEL = tl.constexpr(0)
+FLAGS = tl.constexpr(1)
+GRAD = tl.constexpr(2)
+
+ALIGNED = tl.constexpr(1)  # every address is one of 16 bytes
+STARTS = tl.constexpr(2)  # the state has seen no gradient yet
+GROUP_SHIFT = tl.constexpr(2)
+
+_words: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+_for_replays: list[Tensor] = []  # what captured graphs read and do not own
+
+
+class Tables:
+    """Where the tensors of a launch lie.
+
+    Args:
+        sizes: how many elements the tensors of each row have; it may be none.
+        device: where all are.
+        types: of each column of tensors, first the gradients; None for a column that has none.
+    """
+
+    def __init__(
+        self, sizes: Sequence[int], device: torch.device, types: Sequence[torch.dtype | None]
+    ) -> None:
+        self.sizes = tuple(sizes)
+        self.device = device
+        self.types = [None] * GRAD.value + list(types)
+        self.words = words_for(self.sizes, device)
+        self._forget()
+
+    @property
+    def tensors(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def programs(self) -> int:
+        return self.words.numel()
+
+    def load(
+        self,
+        addresses: list[list[int]],
+        groups: list[int] | None = None,
+        starts: list[bool] | None = None,
+        numbers: list[tuple[float, ...]] | None = None,
+    ) -> None:
+        """Let the device know where the tensors are, and the numbers of their groups.
+
+        Args:
+            addresses: a list of them for each column; 0 for a tensor that is not there.
+            groups: the group of each row; all are in the first if None.
+            starts: for each row, whether its state has seen no gradient yet.
+            numbers: of each group.
+        """
+        on_gpu = self.device.type == "cuda"
+        capturing = on_gpu and torch.cuda.is_current_stream_capturing()
+        stream = driver.active.get_current_stream(self.device.index) if on_gpu else None
+        if capturing or stream != self._stream:
+            self._forget()  # another stream may yet read what it has been sent
+        contents = addresses, groups, starts
+        if contents != self._contents:
+            self.rows = _sent(self._rows(*contents), torch.int64, self.device, capturing)
+            self._contents = contents
+        if numbers != self._numbers:
+            self.numbers = _sent(numbers or [], torch.float32, self.device, capturing)
+            self._numbers = numbers
+        if self.ticket is None:
+            self.ticket = torch.zeros(1, dtype=torch.int32, device=self.device)
+        self._stream = stream
+        if capturing:
+            _for_replays.append(self.words)
+            self._stream = -1  # what was sent is the graph's, and not for launches outside of it
+
+    def _forget(self) -> None:
+        self._stream: int | None = None
+        self._contents: Any = None
+        self._numbers: Any = None
+        self.ticket: Tensor | None = None
+
+    def _rows(
+        self, addresses: list[list[int]], groups: list[int] | None, starts: list[bool] | None
+    ) -> list[list[int]]:
+        flags = []
+        for i in range(self.tensors):
+            aligned = not any(column[i] % 16 for column in addresses)
+            flag = ALIGNED.value * aligned | (groups[i] if groups else 0) << GROUP_SHIFT.value
+            flags.append(flag | STARTS.value * bool(starts and starts[i]))
+        return [list(self.sizes), flags, *addresses]
+
+
+def _sent(
+    values: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device, capturing: bool
+) -> Tensor:
+    # Pinned memory may not be allocated in a capture; other memory may be read in a replay.
+    pinned = device.type == "cuda" and not capturing
+    host = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=pinned)
+    if capturing:
+        _for_replays.append(host)
+    return host.to(device, non_blocking=True)
+
+
+def words_for(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """A word for each chunk of each tensor; an empty tensor has one, too."""
+    key = sizes, device
+    if key not in _words:
+        while len(_words) >= 64:
+            del _words[next(iter(_words))]
+        _words[key] = _new_words(sizes).to(device)
+    return _words[key]
+
+
+def _new_words(sizes: tuple[int, ...]) -> Tensor:
+    with torch.device("cpu"):
+        chunks = torch.tensor([max(1, cdiv(size, CHUNK.value)) for size in sizes])
+        tensor = torch.repeat_interleave(torch.arange(len(sizes)), chunks)
+        first = torch.repeat_interleave(chunks.cumsum(0) - chunks, chunks)
+        return tensor << 32 | torch.arange(len(tensor)) - first
+
+
+@triton.jit
+def place(words_ptr, rows_ptr, tensors):
+    """The program's tensor, where its chunk of it starts and ends, and the tensor's flags."""
+    word = tl.load(words_ptr + tl.program_id(0))
+    tensor = word >> 32
+    start = (word & 0xFFFFFFFF) * CHUNK
+    end = tl.minimum(start + CHUNK, field(rows_ptr, NUMEL, tensors, tensor))
+    return tensor, start, end, field(rows_ptr, FLAGS, tensors, tensor)
+
+
+@triton.jit
+def field(rows_ptr, column: tl.constexpr, tensors, tensor):
+    """A column's entry for a tensor."""
+    return tl.load(rows_ptr + column * tensors + tensor)
+
+
+@triton.jit
+def load(address, first, left, dtype: tl.constexpr, WHOLE: tl.constexpr):
+    """A block from element ``first`` of the tensor at an address, as float32.
+
+    ``left`` elements are left from there; WHOLE blocks are aligned and have BLOCK or more.
+    """
+    ptr = address.to(tl.pointer_type(dtype))
+    i = tl.arange(0, BLOCK)
+    if WHOLE:  # without a mask, and said of the pointer: of the address it would be forgotten
+        return tl.load(tl.multiple_of(ptr, 16) + first + i).to(tl.float32)
+    return tl.load(ptr + first + i, mask=i < left, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store(address, first, left, x, dtype: tl.constexpr, WHOLE: tl.constexpr):
+    ptr = address.to(tl.pointer_type(dtype))
+    i = tl.arange(0, BLOCK)
+    if WHOLE:
+        tl.store(tl.multiple_of(ptr, 16) + first + i, x.to(dtype))
+    else:
+        tl.store(ptr + first + i, x.to(dtype), mask=i < left)

@@ -378,7 +378,7 @@ class _Compiled:
         self.formula = formula
 
     def __call__(self, *args: Any) -> Any:
-        variant = compiled_variant(self.formula, tuple(map(kind, args)))
+        variant, _ = compiled_variant(self.formula, tuple(map(kind, args)))
         # One grad mode for all: autograd is not recording here, or the formula would have run.
         with torch.no_grad():
             output = variant(*map(traced, args))
@@ -387,8 +387,12 @@ class _Compiled:
         return _itself(output, args[0])
 
 
-def compiled_variant(formula: Callable[..., Any], key: tuple[Any, ...]) -> Callable[..., Any]:
-    """The compilation of a formula for arguments of one :func:`kind`, :func:`traced`.
+def compiled_variant(
+    formula: Callable[..., Any], key: tuple[Any, ...]
+) -> tuple[Callable[..., Any], bool]:
+    """The compilation of a formula for arguments of one :func:`kind`, and whether it is new.
+
+    It takes the arguments as :func:`traced` makes them.
 
     Dynamo gives up after eight recompilations of one code object and would then run eager without
     a word. So each kind of arguments (dtype, rank, memory layout, sizes of 0 and 1) compiles a
@@ -396,10 +400,13 @@ def compiled_variant(formula: Callable[..., Any], key: tuple[Any, ...]) -> Calla
     what is left of that silence into an error.
     """
     variants = _variants.setdefault(formula, {})
-    if key not in variants:
+    is_new = key not in variants
+    if is_new:
         clone = _clone(formula, len(variants))
-        variants[key] = torch.compile(clone, fullgraph=True, dynamic=True)
-    return variants[key]
+        # Sizes and strides need no second look: they are in the key, or the code leaves them open.
+        options: Any = {"size_asserts": False}
+        variants[key] = torch.compile(clone, fullgraph=True, dynamic=True, options=options)
+    return variants[key], is_new
 
 
 _variants: dict[Callable[..., Any], dict[tuple[Any, ...], Callable[..., Any]]] = {}

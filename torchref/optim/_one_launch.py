@@ -6,7 +6,7 @@ is for the formula: complex, sparse and float64 tensors, those of other subclass
 autograd records.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from operator import is_
 from typing import TYPE_CHECKING, Any
 
@@ -161,11 +161,15 @@ def split(
     """The rows that the kernel ``name`` takes, and, group by group, those it leaves to formulas."""
     taken: list[tuple[int, Row]] = []
     left: list[list[Row]] = []
+    params = {row.param.device: row.param for group in rows for row in group}
+    launchers = {device: kernel_for("multi_tensor", name, p) for device, p in params.items()}
+    if not any(launchers.values()):
+        return None, rows
     for number, group in enumerate(optimizer.param_groups):
         left.append([])
         for row in rows[number]:
             here = row.map(local)
-            if _takes(here, group, kernel_for("multi_tensor", name, here.param)):
+            if launchers[row.param.device] is not None and _takes(here, group):
                 taken.append((number, _counted_on_device(optimizer, row, here)))
             else:
                 left[-1].append(row)
@@ -174,14 +178,13 @@ def split(
     return (StepInOneLaunch(optimizer, taken, name) if taken else None), left
 
 
-def _takes(row: Row, group: dict[str, Any], launcher: Callable[..., Any] | None) -> bool:
+def _takes(row: Row, group: dict[str, Any]) -> bool:
     states = [x for x in row.states if x is not None]
     tensors = [row.param, row.grad, *states, *([] if row.ema is None else [row.ema])]
     counts = [x for x in (row.step, row.ema_step) if x is not None]
     strides, size = row.param.stride(), row.param.shape
     return (
-        launcher is not None
-        and not group["differentiable"]
+        not group["differentiable"]
         and _reads_scalars(group, row.param.device)
         and all(x.dtype in KERNEL_DTYPES and x.device == row.param.device for x in tensors)
         and all(x.dtype == states[0].dtype for x in states)

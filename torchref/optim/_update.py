@@ -8,11 +8,14 @@ step, and for half types, which are computed in float32 and rounded once.
 # torch._foreach_* is how torch.optim itself works on lists; it has no public name.
 # pyright: reportPrivateImportUsage=false
 
+import functools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
     _default_to_fused_or_foreach,
@@ -27,7 +30,8 @@ Scalar = float | Tensor
 
 Tensors = Sequence[Tensor | None]
 
-BATCH = 8  # tensors in a call of a compiled update: a compilation of some seconds, once
+BATCH = 16  # tensors in a call of a compiled update: a compilation of some seconds, once
+WORTH_ALL_THREADS = 2**16  # elements
 
 
 class Row(NamedTuple):
@@ -52,9 +56,11 @@ class Row(NamedTuple):
         return self._replace(param=f(self.param), grad=f(self.grad), states=states, ema=ema)
 
 
-def as_real(x: Tensor) -> Tensor:
-    """A complex tensor as a real one with one more dimension."""
-    return torch.view_as_real(x) if x.is_complex() else x
+def as_real(rows: list[Row]) -> list[Row]:
+    """The rows, with complex tensors as real ones of one more dimension."""
+    if any(row.param.is_complex() for row in rows):
+        return [row.map(lambda x: torch.view_as_real(x) if x.is_complex() else x) for row in rows]
+    return rows
 
 
 def alike(rows: list[Row]) -> list[list[list[Any]]]:
@@ -126,6 +132,8 @@ def _update_compiled(
     update: Callable[..., None], rows: list[Row], arguments: list[tuple[Any, ...]]
 ) -> tuple[list[Row], list[tuple[Any, ...]]]:
     """Update as many rows as one compilation serves, and return the others."""
+    if not is_plain(()):
+        return rows, arguments
     batches: dict[Any, tuple[list[Tensors], tuple[Any, ...]]] = {}
     written: list[Tensor] = []
     left = []
@@ -133,17 +141,18 @@ def _update_compiled(
         tensors = row.tensors()
         given = [x for x in tensors if x is not None]
         # Sizes of 0 and 1 would each take a compilation of their own.
-        if row.param.numel() < 2 or not is_plain(tensors) or not _laid_out_alike(given):
+        if row.param.numel() < 2 or not _are_vectors(given):
             left.append((row, args))
             continue
-        types = tuple(None if x is None else x.dtype for x in tensors)
-        aliases = [None if x is None else _alias(x) for x in tensors]
-        batches.setdefault((types, row.param.device, id(args)), ([], args))[0].append(aliases)
+        types = tuple([None if x is None else x.dtype for x in tensors])
+        states = [None if x is None else _kept_vector(x) for x in row.states]
+        vectors = [_kept_vector(row.param), _vector(row.grad), *states]
+        batches.setdefault((types, row.param.device, id(args)), ([], args))[0].append(vectors)
         written += given
     for (types, device, _), (tensors, args) in batches.items():
-        run = compiled_variant(_update_batch, (update, types, device, *map(kind, args)))
+        run = _compiled(update, types, device, args)
         numbers = [traced(arg) for arg in args]
-        tensors += _padding(tensors[0], -len(tensors) % BATCH)
+        tensors += _examples(types, device, 2)[: -len(tensors) % BATCH]
         for i in range(0, len(tensors), BATCH):
             run(update, tensors[i : i + BATCH], *numbers)
     if written:
@@ -151,21 +160,45 @@ def _update_compiled(
     return [row for row, _ in left], [args for _, args in left]
 
 
+def _compiled(
+    update: Callable[..., None], types: tuple[Any, ...], device: torch.device, args: tuple[Any, ...]
+) -> Callable[..., None]:
+    """The compilation of a batch of updates for tensors of these types."""
+    run, is_new = compiled_variant(_update_batch, (update, types, device, *map(kind, args)))
+    if is_new:
+        run(update, _examples(types, device, WORTH_ALL_THREADS), *map(traced, args))
+    return run
+
+
 def _update_batch(update: Callable[..., None], batch: list[Tensors], *args: Any) -> None:
     for tensors in batch:
         update(*tensors, *args)
 
 
-def _padding(tensors: Tensors, count: int) -> list[Tensors]:
-    """Tensors for a batch's empty places: a compilation is for one number of them."""
-    return [
-        [None if x is None else torch.zeros(2, dtype=x.dtype, device=x.device) for x in tensors]
-        for _ in range(count)
-    ]
+@functools.cache
+def _examples(
+    types: tuple[torch.dtype | None, ...], device: torch.device, least: int
+) -> list[Tensors]:
+    """A batch to be compiled on, of large tensors, or small ones to fill a batch up.
+
+    The compiler looks at sizes, though it leaves them open: it takes equal ones for always equal,
+    and gives a loop over few elements to one thread.
+    """
+
+    def example(size: int, dtype: torch.dtype | None) -> Tensor | None:
+        return None if dtype is None else torch.zeros(size, dtype=dtype, device=device)
+
+    return [[example(size, dtype) for dtype in types] for size in range(least, least + BATCH)]
 
 
-def _laid_out_alike(tensors: list[Tensor]) -> bool:
-    if all(x.is_contiguous() for x in tensors):
+def _are_vectors(tensors: list[Tensor]) -> bool:
+    """Whether all hold plain memory from first to last, in one order."""
+    contiguous = True
+    for x in tensors:
+        if type(x) not in (Tensor, Parameter) or x.layout is not torch.strided or x.is_neg():
+            return False
+        contiguous = contiguous and x.is_contiguous()
+    if contiguous:
         return True
     strides = tensors[0].stride()
     return is_dense(tensors[0]) and all(x.stride() == strides for x in tensors)
@@ -177,10 +210,27 @@ def is_dense(x: Tensor) -> bool:
     return x.permute(order).is_contiguous()
 
 
-def _alias(x: Tensor) -> Tensor:
-    """A dense tensor's memory as a vector, so that one compilation serves all ranks."""
-    # `.data`, for Dynamo guards on the rank of a view's base.
+def _vector(x: Tensor) -> Tensor:
+    """An alias of one dimension, so that one compilation serves all ranks."""
+    # `.data`, for Dynamo guards on the rank of a view's base
+    if x.ndim == 1:
+        return x.data
     return x.view(-1).data if x.is_contiguous() else x.as_strided((x.numel(),), (1,)).data
+
+
+def _kept_vector(x: Tensor) -> Tensor:
+    """The same for a tensor that is there at each step: making one takes longer than finding it."""
+    key = id(x)
+    kept = _vectors.get(key)
+    if kept is None or kept[0]() is not x:
+        kept = weakref.ref(x, lambda _: _vectors.pop(key, None)), _vector(x)
+    elif kept[1].data_ptr() != x.data_ptr() or kept[1].numel() != x.numel():
+        kept = kept[0], _vector(x)
+    _vectors[key] = kept
+    return kept[1]
+
+
+_vectors: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
 
 
 def check_capturable(rows: list[Row], group: dict[str, Any]) -> None:

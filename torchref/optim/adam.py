@@ -230,7 +230,7 @@ def adam(
     if group["foreach"] and group["differentiable"]:
         raise AssertionError("_foreach ops don't support autograd")  # torch's
     check_capturable(rows, group)
-    rows = [row.map(as_real) for row in rows]
+    rows = as_real(rows)
     steps = [row.step for row in rows]
     advance(steps)
     if runs_foreach(rows, group, grad_scale, found_inf):

@@ -158,7 +158,7 @@ def rmsprop(
     if group["foreach"] and group["differentiable"]:
         raise AssertionError("_foreach ops don't support autograd")  # torch's
     check_capturable(rows, group)
-    rows = [row.map(as_real) for row in rows]
+    rows = as_real(rows)
     advance([row.step for row in rows])
     if runs_foreach(rows, group, grad_scale, found_inf):
         for p, g, v, b, mean, _ in alike(rows):
@@ -211,7 +211,8 @@ def rmsprop_update(
     else:
         mean.lerp_(g, weight(1 - alpha, mean))
         denominator = v.addcmul(mean, mean, value=-1).sqrt_()
-    denominator = denominator + eps
+    # a square root's gradient needs its result
+    denominator = denominator + eps if differentiable else denominator.add_(eps)
     if b is None:
         addcdiv_(p, g, denominator, -lr)
     else:

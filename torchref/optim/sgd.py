@@ -178,7 +178,7 @@ def sgd(
     """One step for rows of a group, whose state is the momentum's buffer."""
     sparse = any(row.grad.is_sparse for row in rows)
     if not sparse:
-        rows = [row.map(as_real) for row in rows]
+        rows = as_real(rows)
     for start in {row.starts for row in rows}:
         part = [row for row in rows if row.starts == start]
         if not sparse and runs_foreach(rows, group, grad_scale, found_inf):

@@ -2,7 +2,16 @@ import math
 
 import pytest
 import torch
-from optim_parity import UPDATES, assert_as_good, assert_parity, ours, tensors, theirs, traced, train
+from optim_parity import (
+    UPDATES,
+    assert_as_good,
+    assert_parity,
+    ours,
+    tensors,
+    theirs,
+    traced,
+    train,
+)
 
 from torchref.optim import Adam, AdamW, adam
 

@@ -86,10 +86,14 @@ class Tables:
         stream = driver.active.get_current_stream(self.device.index) if on_gpu else None
         if capturing or stream != self._stream:
             self._forget()  # another stream may yet read what it has been sent
-        contents = addresses, groups, starts
-        if contents != self._contents:
-            self.rows = _sent(self._rows(*contents), torch.int64, self.device, capturing)
-            self._contents = contents
+        grads, *others = addresses
+        layout = others, groups, starts
+        if layout != self._layout:
+            self._marks = self._flags(*layout)
+            self._layout = layout
+            self._grads = None
+        if grads != self._grads:
+            self._send_rows(grads, others, capturing)
         if numbers != self._numbers:
             self.numbers = _sent(numbers or [], torch.float32, self.device, capturing)
             self._numbers = numbers
@@ -102,29 +106,52 @@ class Tables:
 
     def _forget(self) -> None:
         self._stream: int | None = None
-        self._contents: Any = None
+        self._layout: Any = None
+        self._grads: list[int] | None = None
         self._numbers: Any = None
         self.ticket: Tensor | None = None
 
-    def _rows(
-        self, addresses: list[list[int]], groups: list[int] | None, starts: list[bool] | None
-    ) -> list[list[int]]:
-        flags = []
+    def _flags(
+        self, others: list[list[int]], groups: list[int] | None, starts: list[bool] | None
+    ) -> list[tuple[int, int]]:
+        """Each row's flags but for its alignment, and the bits that would spoil that."""
+        marks = []
         for i in range(self.tensors):
-            aligned = not any(column[i] % 16 for column in addresses)
-            flag = ALIGNED.value * aligned | (groups[i] if groups else 0) << GROUP_SHIFT.value
-            flags.append(flag | STARTS.value * bool(starts and starts[i]))
-        return [list(self.sizes), flags, *addresses]
+            bits = 0
+            for column in others:
+                bits |= column[i] % 16
+            flags = (groups[i] if groups else 0) << GROUP_SHIFT.value
+            marks.append((flags | STARTS.value * bool(starts and starts[i]), bits))
+        return marks
+
+    def _send_rows(self, grads: list[int], others: list[list[int]], capturing: bool) -> None:
+        aligned = ALIGNED.value
+        flags = [
+            mark if (bits | grad) % 16 else mark | aligned
+            for (mark, bits), grad in zip(self._marks, grads, strict=True)
+        ]
+        if self._grads is None or flags != self._sent_flags:
+            rows = [list(self.sizes), flags, grads, *others]
+            self.rows = _sent(rows, torch.int64, self.device, capturing)
+        else:  # as so often, only gradients have moved
+            self.rows[GRAD.value].copy_(
+                _on_host(grads, torch.int64, self.device), non_blocking=True
+            )
+        self._grads, self._sent_flags = grads, flags
+
+
+def _on_host(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
 
 
 def _sent(
     values: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device, capturing: bool
 ) -> Tensor:
-    # Pinned memory may not be allocated in a capture; other memory may be read in a replay.
-    pinned = device.type == "cuda" and not capturing
-    host = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=pinned)
-    if capturing:
-        _for_replays.append(host)
+    if not capturing:
+        return _on_host(values, dtype, device).to(device, non_blocking=True)
+    # Pinned memory may not be allocated in a capture; a replay reads other memory as well.
+    host = torch.tensor(values, dtype=dtype, device="cpu")
+    _for_replays.append(host)
     return host.to(device, non_blocking=True)
 
 

@@ -44,7 +44,7 @@ class StepInOneLaunch:
             kind = row.param.device, row.param.dtype, row.grad.dtype, state
             parts.setdefault(kind, []).append(i)
         self.parts = [_Part(optimizer, indices, rows) for indices in parts.values()]
-        self.looks = [_look(row.grad) for _, row in rows]
+        self.looks = _looks([row.grad for _, row in rows])
 
     def holds(self, optimizer: "Optimizer") -> bool:
         """Whether everything but gradients is where it was; then the parts hold today's."""
@@ -56,10 +56,10 @@ class StepInOneLaunch:
         grads = [p.grad for p in params]
         if self.paused != [g is None for g in grads] or self.structure != _structure(optimizer):
             return False
-        if not all(map(_same, _kept(optimizer, params), self.kept)):
+        if not _same(_kept(optimizer, params), self.kept):
             return False
-        live = [local(g) for g in grads if g is not None]
-        if self.looks != [_look(g) for g in live]:
+        live = [g if type(g) is Tensor else local(g) for g in grads if g is not None]
+        if self.looks != _looks(live):
             return False
         return all(part.holds(live) for part in self.parts)
 
@@ -113,16 +113,18 @@ class _Part:
         types = [next((x.dtype for x in column if x is not None), None) for column in self.columns]
         self.tables = kernel("Tables")(sizes, self.device, [self.grads[0].dtype, *types])
         self.addresses = list(map(_addresses, self.columns))
+        self.fixed = [x for column in self.columns for x in column if x is not None]
+        self.fixed_at = [x.data_ptr() for x in self.fixed]
         self.written = [
             x for column in self.columns[:1] + self.columns[3:] for x in column if x is not None
         ]
 
     def holds(self, grads: list[Tensor]) -> bool:
         self.grads = [grads[i] for i in self.indices]
-        return self.addresses == list(map(_addresses, self.columns))
+        return self.fixed_at == [x.data_ptr() for x in self.fixed]
 
     def load(self, numbers: list[tuple[float, ...]]) -> None:
-        addresses = [_addresses(self.grads), *self.addresses]
+        addresses = [[g.data_ptr() for g in self.grads], *self.addresses]
         self.grads = []  # the backward pass to come may have their memory
         self.tables.load(addresses, self.groups, self.starts, numbers)
 
@@ -240,10 +242,13 @@ def _params(optimizer: "Optimizer") -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _kept(optimizer: "Optimizer", params: list[Tensor]) -> list[list[Any]]:
-    """The state of the parameters, a list for each of the optimizer's keys."""
-    states = [optimizer.state.get(p, {}) for p in params]
-    return [[state.get(key) for state in states] for key in optimizer._state_keys]
+def _kept(optimizer: "Optimizer", params: list[Tensor]) -> list[Any]:
+    """Everything in the state of the parameters."""
+    state = optimizer.state
+    return [x for p in params for x in state.get(p, _NO_STATE).values()]
+
+
+_NO_STATE: dict[str, Any] = {}
 
 
 def _structure(optimizer: "Optimizer") -> list[list[Any]]:
@@ -266,8 +271,10 @@ def _same(a: list[Any], b: list[Any]) -> bool:
     return len(a) == len(b) and all(map(is_, a, b))
 
 
-def _look(grad: Tensor) -> tuple[Any, ...]:
-    return type(grad), grad.dtype, grad.stride(), grad.is_neg()
+def _looks(grads: list[Tensor]) -> list[list[Any]]:
+    """What of a gradient a kernel must know beyond where it is."""
+    types, dtypes = [type(g) for g in grads], [g.dtype for g in grads]
+    return [types, dtypes, [g.stride() for g in grads], [g.is_neg() for g in grads]]
 
 
 def _addresses(column: Sequence[Tensor | None]) -> list[int]:

@@ -1,23 +1,27 @@
 """torch's own database of optimizer inputs, run on ours."""
 
 import copy
+import importlib
 import warnings
 
 import pytest
 import torch
 from optim_parity import (
     NAMES,
+    UPDATES,
+    assert_as_good,
     assert_close,
     assert_equal,
     make_params,
     ours,
+    spy,
     tensors,
     theirs,
-    traced,
     train,
 )
 
 import torchref
+from torchref.optim import _update
 
 
 def optimizer_infos():
@@ -38,6 +42,20 @@ def flags(info, implementation):
     return flags
 
 
+def inputs_of(info, implementation):
+    """The database's keyword arguments that select an implementation."""
+    # The device only selects inputs. "mps" adds a tensor learning rate, which the CPU also takes.
+    inputs = info.optim_inputs_func(device="cpu") + info.optim_inputs_func(device="mps")
+    for optim_input in inputs:
+        kwargs = optim_input.kwargs | flags(info, implementation)
+        tensor_lr = isinstance(kwargs.get("lr"), torch.Tensor)
+        # That with `foreach=True` is an error in torch, see test_errors.
+        if not (
+            implementation == "foreach" and tensor_lr and info.optim_cls is not torch.optim.SGD
+        ):
+            yield kwargs, tensor_lr
+
+
 @pytest.mark.parametrize("implementation", ["loop", "foreach", "fused", "compiled"])
 @pytest.mark.parametrize("name", NAMES)
 def test_inputs(name, implementation, monkeypatch):
@@ -45,23 +63,37 @@ def test_inputs(name, implementation, monkeypatch):
     info = infos[name]
     if implementation == "fused" and "cpu" not in info.supports_fused_on:
         return
-    if implementation == "compiled":
-        traced(monkeypatch)
-    # The device only selects inputs. "mps" adds a tensor learning rate, which the CPU also takes.
-    inputs = info.optim_inputs_func(device="cpu") + info.optim_inputs_func(device="mps")
-    for optim_input in inputs:
-        kwargs = optim_input.kwargs | flags(info, implementation)
-        tensor_lr = isinstance(kwargs.get("lr"), torch.Tensor)
-        if implementation == "foreach" and tensor_lr and name != "SGD":
-            continue  # an error in torch, see test_errors
+    module, update = UPDATES[name]
+    in_lists = spy(monkeypatch, module, f"foreach_{update}")
+    compiled = spy(monkeypatch, _update, "_update_compiled")
+    for kwargs, tensor_lr in inputs_of(info, implementation):
+        in_lists.clear()
+        compiled.clear()
         expected = tensors(*train(theirs(name), kwargs, steps=10))
         with torchref.backend("compiled" if implementation == "compiled" else "auto"):
             actual = tensors(*train(ours(name), kwargs, steps=10))
+        assert bool(in_lists) == (implementation == "foreach")
+        assert bool(compiled) == (implementation in ("fused", "compiled"))
         if implementation in ("loop", "foreach"):
             assert_equal(actual, expected)
         else:
             # A tensor learning rate is float32: where torch divides it, the fused one does not.
             assert_close(actual, expected, 1e-6 if tensor_lr else 1e-13)
+
+
+@pytest.mark.skipif(not torchref.dispatch.interprets(), reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("name", NAMES)
+def test_inputs_in_one_launch(name, monkeypatch):
+    infos, _ = optimizer_infos()
+    launches = spy(monkeypatch, importlib.import_module("torchref.triton_kernels._launch"), "_run")
+    for kwargs, _ in inputs_of(infos[name], "loop"):
+        launches.clear()
+        truth = tensors(*train(theirs(name), kwargs, steps=10, truth_of=torch.float32))
+        torchs = tensors(*train(theirs(name), kwargs, steps=10, dtype=torch.float32))
+        with torchref.backend("triton"):
+            actual = tensors(*train(ours(name), kwargs, steps=10, dtype=torch.float32))
+        assert len(launches) == 10
+        assert_as_good(actual, torchs, truth)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -4,12 +4,32 @@ from pathlib import Path
 import pytest
 import torch
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PAGES = ("README.md", "docs/optimizers.md")
+BLOCKS = [
+    pytest.param(page, block, id=f"{page}-{i}")
+    for page in PAGES
+    for i, block in enumerate(
+        re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    )
+]
 
 
-@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
-def test_examples_run(block):
-    exec(compile(block, "README.md", "exec"), {})
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # the compiler's imports
+@pytest.mark.parametrize(("page", "block"), BLOCKS)
+def test_examples_run(page, block):
+    exec(compile(block, page, "exec"), {})
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_names_exists(page):
+    text = (ROOT / page).read_text()
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    for name in re.findall(r"`(test_\w+)`", text):
+        assert f"def {name}(" in tests, name
+    for path in re.findall(r"`((?:docs|scripts|tests|torchref|triton_kernels)/[\w/]+\.\w+)`", text):
+        assert (ROOT / path).exists(), path
 
 
 def test_the_first_example_is_on_the_first_screen():

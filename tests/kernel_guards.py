@@ -1,6 +1,8 @@
 """Run kernels between guards: what they may not read is NaN, what they must write is NaN before."""
 
 import contextlib
+import copy
+import ctypes
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -10,34 +12,42 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from torchref.triton_kernels._tables import BLOCK, NUMEL
+from torchref.triton_kernels.multi_tensor import EMA_STEP, LR, STEP
+
 GUARD = 64  # bytes on either side
+BLOCK_GUARD = 4 * BLOCK.value  # what a block may write that forgot its mask
+SCALARS = [LR.value, STEP.value, EMA_STEP.value]  # columns of tensors of one element
 POISON = {True: math.nan, False: 0x5A}  # of numbers with and without a point
 
 
 class Arena:
     """Memory with a guard on either side of each tensor."""
 
-    def __init__(self) -> None:
-        self.blocks: list[tuple[Tensor, Tensor]] = []  # the bytes, as they were before
+    def __init__(self, guard: int = GUARD) -> None:
+        self.guard = guard
+        # the memory, as it was before, and which of it is the tensor
+        self.blocks: list[tuple[Tensor, Tensor, slice]] = []
 
-    def empty(self, shape, strides, dtype: torch.dtype, device=None) -> Tensor:
-        """Poisoned memory for a tensor."""
+    def empty(self, shape, strides, dtype: torch.dtype, device=None, shift: int = 0) -> Tensor:
+        """Poisoned memory for a tensor, ``shift`` bytes from where 16 divide the address."""
         extent = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
         extent = 0 if math.prod(shape) == 0 else extent
-        margin = GUARD // dtype.itemsize
-        memory = REAL_EMPTY(extent + 2 * margin, dtype=dtype, device=device)
+        margin = self.guard // dtype.itemsize
+        first = margin + shift // dtype.itemsize
+        memory = REAL_EMPTY(first + extent + margin, dtype=dtype, device=device)
         memory.fill_(POISON[dtype.is_floating_point])
         if dtype.is_floating_point:  # other NaN in each block: one copied onto another would show
             integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
             memory.view(integer).add_(1 + len(self.blocks))
-        self.blocks.append((memory, memory.clone()))
+        self.blocks.append((memory, memory.clone(), slice(first, first + extent)))
         # not a view to autograd, as what the real torch.empty returns is none
         blank = REAL_EMPTY(0, dtype=dtype, device=device)
-        return blank.set_(memory.untyped_storage(), margin, shape, strides)
+        return blank.set_(memory.untyped_storage(), first, shape, strides)
 
-    def copy(self, x: Tensor) -> Tensor:
+    def copy(self, x: Tensor, shift: int = 0) -> Tensor:
         """``x`` with its strides and overlaps, between guards."""
-        copied = self.empty(x.shape, x.stride(), x.dtype, x.device)
+        copied = self.empty(x.shape, x.stride(), x.dtype, x.device, shift)
         if 0 in x.stride():
             copied.as_strided(*_without_overlap(x)).copy_(x.as_strided(*_without_overlap(x)))
         else:
@@ -45,9 +55,8 @@ class Arena:
         return copied
 
     def check(self, name: str) -> None:
-        for memory, before in self.blocks:
-            margin = GUARD // memory.element_size()
-            for side in (slice(0, margin), slice(memory.numel() - margin, None)):
+        for memory, before, inside in self.blocks:
+            for side in (slice(0, inside.start), slice(inside.stop, None)):
                 now, then = memory[side], before[side]
                 same = torch.equal(now.view(torch.uint8), then.view(torch.uint8))
                 assert same, f"{name} wrote outside a tensor"
@@ -80,20 +89,59 @@ def poisoned(arena: Arena) -> Iterator[None]:
         torch.empty, torch.empty_like = REAL_EMPTY, REAL_EMPTY_LIKE
 
 
+class CopiedTables:
+    """Tables of copies between guards, in place of all tensors that others list.
+
+    Those are found by the addresses in the tables, as kernels find them.
+    """
+
+    def __init__(self, tables: Any, arena: Arena) -> None:
+        self.real, self.copy = tables, copy.copy(tables)
+        for name in ("words", "rows", "numbers", "ticket"):
+            if hasattr(tables, name):
+                setattr(self.copy, name, arena.copy(getattr(tables, name)))
+        self.tensors: dict[int, tuple[Tensor, Tensor]] = {}
+        for column, dtype in enumerate(tables.types):
+            for row in range(tables.tensors if dtype else 0):
+                address = tables.rows[column, row].item()
+                if address and address not in self.tensors:
+                    n = 1 if column in SCALARS else tables.rows[NUMEL.value, row].item()
+                    x = _at(address, n, dtype)
+                    self.tensors[address] = x, arena.copy(x, shift=address % 16)
+                if address:
+                    self.copy.rows[column, row] = self.tensors[address][1].data_ptr()
+        self.rows = self.copy.rows.clone()
+
+    def write_back(self) -> None:
+        assert torch.equal(self.copy.rows, self.rows), "a kernel wrote to its tables"
+        self.real.ticket.copy_(self.copy.ticket)
+        for x, copied in self.tensors.values():
+            x.copy_(copied)
+
+
+def _at(address: int, n: int, dtype: torch.dtype) -> Tensor:
+    memory = (ctypes.c_byte * (n * dtype.itemsize)).from_address(address)
+    return torch.frombuffer(memory, dtype=dtype)
+
+
 def guarded(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """A launcher that computes on copies between guards, and then looks at the guards."""
+    if isinstance(kernel, type):
+        return kernel
 
     @functools.wraps(kernel)
     def run(*args):
-        if any(isinstance(arg, FakeTensor) for arg in args):
+        if any(isinstance(arg, FakeTensor) or _is_meta(arg) for arg in args):
             return kernel(*args)
-        arena = Arena()
-        copies = [arena.copy(arg) if isinstance(arg, Tensor) else arg for arg in args]
+        arena = Arena(BLOCK_GUARD if any(map(_are_tables, args)) else GUARD)
+        copies = [_copy(arg, arena) for arg in args]
         with poisoned(arena):
-            output = kernel(*copies)
+            output = kernel(*(c.copy if isinstance(c, CopiedTables) else c for c in copies))
         arena.check(kernel.__name__)
         for arg, copied in zip(args, copies, strict=True):
-            if isinstance(arg, Tensor) and not torch.equal(arg.nan_to_num(), copied.nan_to_num()):
+            if isinstance(copied, CopiedTables):
+                copied.write_back()
+            elif isinstance(arg, Tensor) and not torch.equal(arg.nan_to_num(), copied.nan_to_num()):
                 arg.copy_(copied)
         # in place: the caller's own tensor
         originals = {id(copied): arg for arg, copied in zip(args, copies, strict=True)}
@@ -102,3 +150,17 @@ def guarded(kernel: Callable[..., Any]) -> Callable[..., Any]:
         return originals.get(id(output), output)
 
     return run
+
+
+def _copy(arg: Any, arena: Arena) -> Any:
+    if _are_tables(arg):
+        return CopiedTables(arg, arena)
+    return arena.copy(arg) if isinstance(arg, Tensor) else arg
+
+
+def _are_tables(arg: Any) -> bool:
+    return type(arg).__name__ == "Tables"  # a test may have loaded the kernels' files anew
+
+
+def _is_meta(arg: Any) -> bool:
+    return _are_tables(arg) and arg.device.type == "meta"

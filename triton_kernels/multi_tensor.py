@@ -47,7 +47,7 @@ STATE = tl.constexpr(8)  # the first of three
 N_LR = tl.constexpr(0)
 N_SIGN = tl.constexpr(1)
 N_L2 = tl.constexpr(2)
-N_MAX_NORM = tl.constexpr(3)
+N_MAX_NORM = tl.constexpr(3)  # negative for a group that does not clip
 N_EMA_GAIN = tl.constexpr(4)
 N_EMA_LOG = tl.constexpr(5)
 OWN = tl.constexpr(6)
@@ -72,7 +72,7 @@ def common_numbers(
         lr,
         -1.0 if maximize else 1.0,
         weight_decay,
-        math.inf if max_norm is None else max_norm,
+        -1.0 if max_norm is None else max_norm,
         1 - decay,
         _log(decay) if ema_bias_correction else -math.inf,
     )
@@ -303,7 +303,8 @@ def _factors(number_ptr, grad_scale_ptr, norm_ptr):
         scale = tl.load(grad_scale_ptr)
     clip = 1.0
     if norm_ptr is not None:
-        clip = _clip(tl.load(norm_ptr), tl.load(number_ptr + N_MAX_NORM))
+        max_norm = tl.load(number_ptr + N_MAX_NORM)
+        clip = tl.where(max_norm < 0, 1.0, _clip(tl.load(norm_ptr), max_norm))
     return scale, clip, tl.load(number_ptr + N_SIGN), tl.load(number_ptr + N_L2)
 
 
@@ -311,7 +312,7 @@ def _factors(number_ptr, grad_scale_ptr, norm_ptr):
 def _clip(norm, max_norm):
     """The factor that brings a norm to max_norm; NaN for a norm that is NaN, as in torch."""
     factor = max_norm / (norm + 1e-6)
-    return tl.where((factor > 1) | (max_norm == float("inf")), 1.0, factor)
+    return tl.where(factor > 1, 1.0, factor)
 
 
 @triton.jit

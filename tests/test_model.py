@@ -33,12 +33,6 @@ def batches(count):
     return [(torch.randn(16, 3, 8, 8), torch.randint(0, 4, (16,))) for _ in range(count)]
 
 
-no_optimizer_kernels = pytest.mark.skipif(
-    torchref.get_backend() == "triton", reason="the optimizers have no kernels yet"
-)
-
-
-@no_optimizer_kernels
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("optimizer", ["SGD", "RMSprop", "Adam", "AdamW"])
 @pytest.mark.parametrize("make", [convolutional, perceptron])
@@ -106,7 +100,6 @@ def test_state_dicts_cross_between_libraries():
     torch.testing.assert_close(pair[0].eval()(x), pair[1].eval()(x))
 
 
-@no_optimizer_kernels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_training_under_autocast(dtype):
     losses = []

@@ -275,7 +275,7 @@ def test_state_dicts_keep_averages_and_state_types(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_state_dict_of_torchs_leaves_our_options_on(name):
     """Or clipping would end without a word where training resumes."""
-    options = {"max_norm": 0.5, "ema_decay": 0.9, "state_dtype": torch.float64}
+    options = {"max_norm": 0.5, "ema_decay": 0.9, "state_dtype": torch.float32}
     params, torchs = train(theirs(name), {}, steps=3)
     optimizer = ours(name)(params, **options)
     optimizer.load_state_dict(torchs.state_dict())
@@ -285,6 +285,45 @@ def test_a_state_dict_of_torchs_leaves_our_options_on(name):
     assert optimizer.grad_norm is not None
     # torch continues from a state with averages in it
     theirs(name)(params).load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_averages_come_back_from_torch_in_their_own_types(name):
+    """Torch casts them to bfloat16, in which a count stops at 256."""
+    options = {"ema_decay": 0.99}
+    params, optimizer = train(ours(name), options, steps=3, dtype=torch.bfloat16)
+    torchs = theirs(name)(params)
+    torchs.load_state_dict(optimizer.state_dict())
+    again = ours(name)(params, **options)
+    again.load_state_dict(torchs.state_dict())
+    for p in params:
+        assert again.state[p]["ema"].dtype == again.state[p]["ema_step"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_only_half_types_have_a_state_of_another_type(name, foreach):
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.complex64)
+    params = [torch.nn.Parameter(torch.ones(3, dtype=dtype)) for dtype in dtypes]
+    momentum = {"momentum": 0.9} if name == "SGD" else {}
+    optimizer = ours(name)(params, state_dtype=torch.float32, foreach=foreach, **momentum)
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.full_like(p, 0.5 + (0.5j if p.is_complex() else 0))
+        optimizer.step()
+    key = optimizer._state_keys[0]
+    state_types = [optimizer.state[p][key].dtype for p in params]
+    assert state_types == [torch.float32, torch.float64, torch.float32, torch.complex64]
+    assert (params[3].detach().imag != 0).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_gradient_has_no_norm(name):
+    params = make_params()
+    optimizer = ours(name)(params, max_norm=1.0, ema_decay=0.5)
+    optimizer.step()
+    assert optimizer.grad_norm == 0
+    assert_equal(tensors(params, optimizer), tensors(make_params(), optimizer))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -303,12 +342,18 @@ def test_options_leave_no_trace_where_they_are_off(name):
         ({"ema_decay": 1.0}, r"expected `ema_decay` in \[0, 1\), got 1.0"),
         ({"ema_decay": -0.1}, r"expected `ema_decay` in \[0, 1\), got -0.1"),
         ({"ema_bias_correction": True}, "`ema_bias_correction` needs `ema_decay`"),
-        ({"state_dtype": torch.int64}, "expected `state_dtype` to be a floating point type"),
+        ({"state_dtype": torch.float64}, "expected `state_dtype` to be None or torch.float32"),
     ],
 )
 def test_wrong_options(name, options, message):
     with pytest.raises(ValueError, match=f"{name}: {message}"):
         ours(name)(make_params(), **options)
+    with pytest.raises(ValueError, match=f"{name}: {message}"):
+        ours(name)([{"params": make_params(), **options}])
+    optimizer = ours(name)(make_params())
+    with pytest.raises(ValueError, match=f"{name}: {message}"):
+        optimizer.add_param_group({"params": make_params(), **options})
+    assert len(optimizer.param_groups) == 1
 
 
 def _unscaled_norm_forgotten(self, launch, left, grad_scale):

@@ -37,7 +37,8 @@ class StepInOneLaunch:
         self.params = _params(optimizer)
         self.structure = _structure(optimizer)
         self.paused = [p.grad is None for p in self.params]
-        self.kept = _kept(optimizer, self.params)
+        self.sharded = any(local(p) is not p for p in self.params)
+        self.kept = self._kept(optimizer)
         parts: dict[Any, list[int]] = {}
         for i, (_, row) in enumerate(rows):
             state = next((x.dtype for x in row.states if x is not None), torch.float32)
@@ -45,6 +46,7 @@ class StepInOneLaunch:
             parts.setdefault(kind, []).append(i)
         self.parts = [_Part(optimizer, indices, rows) for indices in parts.values()]
         self.looks = _looks([row.grad for _, row in rows])
+        self.layout = _layout(self.params)
 
     def holds(self, optimizer: "Optimizer") -> bool:
         """Whether everything but gradients is where it was; then the parts hold today's."""
@@ -53,15 +55,23 @@ class StepInOneLaunch:
         params = _params(optimizer)
         if optimizer.state is not self.state or not _same(params, self.params):
             return False
+        if self.layout != _layout(params):
+            return False
         grads = [p.grad for p in params]
         if self.paused != [g is None for g in grads] or self.structure != _structure(optimizer):
             return False
-        if not _same(_kept(optimizer, params), self.kept):
+        if not _same(self._kept(optimizer), self.kept):
             return False
         live = [g if type(g) is Tensor else local(g) for g in grads if g is not None]
         if self.looks != _looks(live):
             return False
         return all(part.holds(live) for part in self.parts)
+
+    def _kept(self, optimizer: "Optimizer") -> list[Any]:
+        """Everything in the state of the parameters; of what is sharded, also the shards."""
+        state, params = optimizer.state, self.params
+        kept = [x for p in params for x in state.get(p, _NO_STATE).values()]
+        return [*kept, *map(local, kept), *map(local, params)] if self.sharded else kept
 
     def load(self, optimizer: "Optimizer") -> None:
         """Tell the device where the tensors are and what the hyperparameters are by now."""
@@ -81,9 +91,12 @@ class StepInOneLaunch:
         for part in self.parts:
             flags = (on_device(x, part.device) for x in (grad_scale, found_inf, norm))
             launch(part.tables, *flags)
-            part.starts = [False] * len(part.starts)
             # Autograd does not see what a kernel writes; what it saved of these is stale now.
             torch.autograd.graph.increment_version(part.written)
+            if grad_scale is not None:
+                torch.autograd.graph.increment_version(part.grads)
+            part.grads = []  # the backward pass to come may have their memory
+            part.starts = [False] * len(part.starts)
 
 
 class _Part:
@@ -115,9 +128,8 @@ class _Part:
         self.addresses = list(map(_addresses, self.columns))
         self.fixed = [x for column in self.columns for x in column if x is not None]
         self.fixed_at = [x.data_ptr() for x in self.fixed]
-        self.written = [
-            x for column in self.columns[:1] + self.columns[3:] for x in column if x is not None
-        ]
+        rates = {id(lr) for lr in lrs}
+        self.written = [x for x in self.fixed if id(x) not in rates]
 
     def holds(self, grads: list[Tensor]) -> bool:
         self.grads = [grads[i] for i in self.indices]
@@ -125,7 +137,6 @@ class _Part:
 
     def load(self, numbers: list[tuple[float, ...]]) -> None:
         addresses = [[g.data_ptr() for g in self.grads], *self.addresses]
-        self.grads = []  # the backward pass to come may have their memory
         self.tables.load(addresses, self.groups, self.starts, numbers)
 
 
@@ -226,11 +237,20 @@ def _counted_on_device(optimizer: "Optimizer", row: Row, here: Row) -> Row:
 
 def local(x: Tensor) -> Tensor:
     """What this process has of a DTensor; any other tensor itself."""
+    return x._local_tensor if _is_dtensor(x) else x  # type: ignore[attr-defined]
+
+
+def whole(x: Tensor) -> Tensor:
+    """A DTensor put together from all processes; any other tensor itself."""
+    return x.full_tensor() if _is_dtensor(x) else x  # type: ignore[attr-defined]
+
+
+def _is_dtensor(x: Tensor) -> bool:
     if type(x) in (Tensor, Parameter) or not torch.distributed.is_available():
-        return x
+        return False
     from torch.distributed.tensor import DTensor
 
-    return x._local_tensor if isinstance(x, DTensor) else x
+    return isinstance(x, DTensor)
 
 
 def kernel(name: str) -> Any:
@@ -240,12 +260,6 @@ def kernel(name: str) -> Any:
 
 def _params(optimizer: "Optimizer") -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def _kept(optimizer: "Optimizer", params: list[Tensor]) -> list[Any]:
-    """Everything in the state of the parameters."""
-    state = optimizer.state
-    return [x for p in params for x in state.get(p, _NO_STATE).values()]
 
 
 _NO_STATE: dict[str, Any] = {}
@@ -269,6 +283,10 @@ def _kind(value: Any) -> Any:
 
 def _same(a: list[Any], b: list[Any]) -> bool:
     return len(a) == len(b) and all(map(is_, a, b))
+
+
+def _layout(params: list[Tensor]) -> list[list[Any]]:
+    return [[p.shape for p in params], [p.stride() for p in params]]
 
 
 def _looks(grads: list[Tensor]) -> list[list[Any]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import _use_grad_for_differentiable
 
 from torchref.autograd import opmath
-from torchref.optim._one_launch import StepInOneLaunch, kernel, split
+from torchref.optim._one_launch import StepInOneLaunch, kernel, split, whole
 from torchref.optim._update import Row, average, clip_factor, on_device
 from torchref.optim.clip import total_norm
 
@@ -55,28 +55,38 @@ class Optimizer(torch.optim.Optimizer):
         **options: Any,
     ) -> None:
         """Write those options of ours that are in use to the groups; the others leave no trace."""
-        name = type(self).__name__
-        if max_norm is not None and not max_norm >= 0:
-            raise ValueError(f"{name}: expected `max_norm` >= 0, got {max_norm}")
-        if ema_decay is not None and not 0 <= ema_decay < 1:
-            raise ValueError(f"{name}: expected `ema_decay` in [0, 1), got {ema_decay}")
-        if ema_bias_correction and ema_decay is None:
-            raise ValueError(f"{name}: `ema_bias_correction` needs `ema_decay`, which is None")
-        if state_dtype is not None and not state_dtype.is_floating_point:
-            raise ValueError(
-                f"{name}: expected `state_dtype` to be a floating point type, got {state_dtype}"
-            )
         options |= {
             "max_norm": max_norm,
             "ema_decay": ema_decay,
             "ema_bias_correction": ema_bias_correction or None,
             "state_dtype": state_dtype,
         }
+        self._check_options(options)
         for key, value in options.items():
             if value is not None:
                 self.defaults[key] = value
                 for group in self.param_groups:
                     group.setdefault(key, value)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Torch's, with our options checked."""
+        self._check_options(self.defaults | param_group)
+        super().add_param_group(param_group)
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        name = type(self).__name__
+        max_norm, ema_decay = options.get("max_norm"), options.get("ema_decay")
+        if max_norm is not None and not max_norm >= 0:
+            raise ValueError(f"{name}: expected `max_norm` >= 0, got {max_norm}")
+        if ema_decay is not None and not 0 <= ema_decay < 1:
+            raise ValueError(f"{name}: expected `ema_decay` in [0, 1), got {ema_decay}")
+        if options.get("ema_bias_correction") and ema_decay is None:
+            raise ValueError(f"{name}: `ema_bias_correction` needs `ema_decay`, which is None")
+        state_dtype = options.get("state_dtype")
+        if state_dtype not in (None, torch.float32):
+            raise ValueError(
+                f"{name}: expected `state_dtype` to be None or torch.float32, got {state_dtype}"
+            )
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -126,20 +136,19 @@ class Optimizer(torch.optim.Optimizer):
         return launch, left
 
     def _prepared(self, group: dict[str, Any]) -> list[Row]:
-        """The group's rows, with states of ``state_dtype`` and averages where asked for."""
+        """The group's rows, with states of float32 and averages where asked for."""
         rows = self._rows(group)
-        dtype = group.get("state_dtype")
-        if dtype is not None:
-            rows = [self._with_state_of(dtype, row) for row in rows]
+        if group.get("state_dtype") is not None:
+            rows = [self._with_float32_state(row) for row in rows]
         if group.get("ema_decay") is not None:
             rows = [self._with_average(row) for row in rows]
         return rows
 
-    def _with_state_of(self, dtype: torch.dtype, row: Row) -> Row:
-        """The row with its states, which torch makes in the parameter's type, in another."""
-        if all(x is None or x.dtype == dtype for x in row.states):
+    def _with_float32_state(self, row: Row) -> Row:
+        """The row with its states, which torch makes in a half-precision parameter's type."""
+        if all(x is None or opmath(x) is x for x in row.states):
             return row
-        states = tuple(None if x is None else x.to(dtype) for x in row.states)
+        states = tuple(None if x is None else opmath(x) for x in row.states)
         state = self.state[row.param]
         for key, x in zip(self._state_keys, states, strict=False):
             if x is not None:
@@ -179,19 +188,20 @@ class Optimizer(torch.optim.Optimizer):
         )
 
     def _norm(
-        self,
-        launch: StepInOneLaunch | None,
-        left: list[list[Row]],
-        grad_scale: Tensor | None,
+        self, launch: StepInOneLaunch | None, left: list[list[Row]], grad_scale: Tensor | None
     ) -> Tensor:
         """The norm of all gradients, without their loss scale."""
-        norms = [] if launch is None else launch.norms(grad_scale)
+        norms: list[Tensor] = []
         grads = [row.grad for rows in left for row in rows]
+        if launch is not None and launch.sharded:  # a kernel would see what this process has
+            grads = [p.grad for p in launch.params if p.grad is not None]
+        elif launch is not None:
+            norms = launch.norms(grad_scale)
         if grads:
-            norm = total_norm(grads)
+            norm = whole(total_norm(grads))
             norms.append(norm if grad_scale is None else norm / on_device(grad_scale, norm.device))
-        if len(norms) == 1:
-            return norms[0]
+        if len(norms) <= 1:
+            return norms[0] if norms else torch.zeros(())
         return torch.linalg.vector_norm(torch.stack([norm.to(norms[0]) for norm in norms]))
 
     def ema_parameters(self) -> list[Tensor]:
@@ -235,20 +245,20 @@ class Optimizer(torch.optim.Optimizer):
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Torch's, but averages and states of ``state_dtype`` come in the type they had."""
+        """Torch's, but averages and float32 states do not become of a half-precision type."""
         super().load_state_dict(state_dict)
-        self._in_one_launch = None
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for p, key in zip(group["params"], saved["params"], strict=True):
-                self._restore(p, state_dict["state"].get(key, {}), group.get("state_dtype"))
+                states = state_dict["state"].get(key, {})
+                for name in self._state_keys & states.keys():
+                    self._restore(p, name, states[name], group)
 
-    def _restore(self, p: Tensor, saved: dict[str, Any], dtype: torch.dtype | None) -> None:
+    def _restore(self, p: Tensor, name: str, saved: Any, group: dict[str, Any]) -> None:
         """Take from a saved state what torch has cast to the parameter's type."""
-        for key in self._state_keys:
-            average = key in ("ema", "ema_step")
-            if key in saved and (average or (dtype is not None and key != "step")):
-                x = saved[key].to(saved[key].dtype if average else dtype, copy=True)
-                self.state[p][key] = x.to(p.device)
+        if name == "ema_step":
+            self.state[p][name] = saved.to(p.device, torch.float32, copy=True)
+        elif name == "ema" or (name != "step" and group.get("state_dtype") is not None):
+            self.state[p][name] = opmath(saved).to(p.device, opmath(p).dtype, copy=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

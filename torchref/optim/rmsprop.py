@@ -70,8 +70,8 @@ class RMSprop(Optimizer, torch.optim.RMSprop):
             towards them; the first is its start. See ``ema_parameters`` and ``averaged``.
         ema_bias_correction: let the average weigh all steps as if it had started at zero and been
             corrected for it, as in :class:`ExponentialMovingAverage`.
-        state_dtype: the type of the state, where it is not to be that of the parameters:
-            ``torch.float32`` keeps the averages of half-precision parameters from stalling.
+        state_dtype: ``torch.float32`` keeps the state of half-precision parameters in that type,
+            so that its averages do not stall: 0.1% of a value is less than bfloat16 can add to it.
 
     Raises:
         ValueError: a hyperparameter is out of its range.

@@ -55,12 +55,16 @@ class Tables:
         self.sizes = tuple(sizes)
         self.device = device
         self.types = [None] * GRAD.value + list(types)
-        self.words = words_for(self.sizes, device)
         self._forget()
 
     @property
     def tensors(self) -> int:
         return len(self.sizes)
+
+    @property
+    def words(self) -> Tensor:
+        assert self._words is not None, "load comes first"
+        return self._words
 
     @property
     def programs(self) -> int:
@@ -84,8 +88,9 @@ class Tables:
         on_gpu = self.device.type == "cuda"
         capturing = on_gpu and torch.cuda.is_current_stream_capturing()
         stream = driver.active.get_current_stream(self.device.index) if on_gpu else None
-        if capturing or stream != self._stream:
+        if self._words is None or capturing or stream != self._stream:
             self._forget()  # another stream may yet read what it has been sent
+            self._words = words_for(self.sizes, self.device, capturing)
         grads, *others = addresses
         layout = others, groups, starts
         if layout != self._layout:
@@ -99,12 +104,10 @@ class Tables:
             self._numbers = numbers
         if self.ticket is None:
             self.ticket = torch.zeros(1, dtype=torch.int32, device=self.device)
-        self._stream = stream
-        if capturing:
-            _for_replays.append(self.words)
-            self._stream = -1  # what was sent is the graph's, and not for launches outside of it
+        self._stream = -1 if capturing else stream  # what a graph has been sent is its own
 
     def _forget(self) -> None:
+        self._words: Tensor | None = None
         self._stream: int | None = None
         self._layout: Any = None
         self._grads: list[int] | None = None
@@ -155,14 +158,22 @@ def _sent(
     return host.to(device, non_blocking=True)
 
 
-def words_for(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+def words_for(sizes: tuple[int, ...], device: torch.device, capturing: bool = False) -> Tensor:
     """A word for each chunk of each tensor; an empty tensor has one, too."""
     key = sizes, device
-    if key not in _words:
+    words = _words.get(key)
+    if words is None:
+        host = _new_words(sizes)
+        words = host.to(device, non_blocking=capturing)
+        if capturing:  # not there before the first replay, and so for nobody else
+            _for_replays.append(host)
+            return words
         while len(_words) >= 64:
             del _words[next(iter(_words))]
-        _words[key] = _new_words(sizes).to(device)
-    return _words[key]
+        _words[key] = words
+    if capturing:
+        _for_replays.append(words)
+    return words
 
 
 def _new_words(sizes: tuple[int, ...]) -> Tensor:

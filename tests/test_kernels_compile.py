@@ -52,8 +52,10 @@ from torchref.triton_kernels import (
     dropout,
     linear,
     loss,
+    multi_tensor,
     softmax,
 )
+from torchref.triton_kernels._tables import Tables
 
 pytestmark = [
     pytest.mark.skipif(_launch.INTERPRETED, reason="the interpreter compiles nothing"),
@@ -82,6 +84,7 @@ KNOWN_SPILLS: dict[Row, int] = {
     ("_batch_norm_dx_kernel", "batch_norm_bwd bf16 64x1000"): 8,  # sm_100, Triton 3.6
     ("_batch_norm_dx_kernel", "batch_norm_bwd bf16 256x64x56x56 NHWC"): 8,  # likewise
     ("_batch_norm_sums_kernel", "batch_norm_bwd bf16 256x1024x14x14"): 8,  # sm_80, Triton 3.6
+    ("_step_kernel", "adam_step fp32 scaled clipped"): 8,  # sm_100, Triton 3.9, at 56 registers
 }
 
 
@@ -113,7 +116,8 @@ def launchers(module) -> list[Callable[..., Any]]:
 
 
 def _is_launcher(module, name: str, f: Callable[..., Any]) -> bool:
-    return f.__module__ == module.__name__ and not name.startswith("_")
+    is_public = f.__module__ == module.__name__ and not name.startswith("_")
+    return is_public and not name.endswith("_numbers")  # those are for tables
 
 
 def cases() -> Iterator[Case]:
@@ -126,6 +130,8 @@ def cases() -> Iterator[Case]:
     yield from batch_norms()
     for dtype, shape in ((BF16, (8192, 4096)), (FP32, (8192, 1000)), (BF16, (64, 4096))):
         yield Case(linear.linear_bias_bwd, _path(dtype, shape), (meta(*shape, dtype=dtype),))
+    yield from steps()
+    yield from norms()
 
 
 def pointwise(launcher: Callable[..., Any]) -> Iterator[Case]:
@@ -323,6 +329,63 @@ def _batch_norm_options(path: str, x: Tensor, c: Tensor) -> Iterator[Case]:
     wanted = (True, False, True)
     args = (x, x, None, c, c, 1e-5, wanted)
     yield Case(batch_norm.batch_norm_eval_bwd, f"{path} bare", args)
+
+
+def steps() -> Iterator[Case]:
+    sgd, rmsprop, adam = multi_tensor.sgd_step, multi_tensor.rmsprop_step, multi_tensor.adam_step
+    for dtype in (FP32, BF16):
+        yield Case(sgd, SHORT[dtype], _step_args(dtype, 0))
+        yield Case(sgd, f"{SHORT[dtype]} momentum", _step_args(dtype, 0b001))
+        yield Case(rmsprop, SHORT[dtype], _step_args(dtype, 0b001, step=True))
+        full = f"{SHORT[dtype]} centered momentum"
+        yield Case(rmsprop, full, _step_args(dtype, 0b111, step=True))
+        yield Case(adam, SHORT[dtype], _step_args(dtype, 0b011, step=True))
+        full = f"{SHORT[dtype]} amsgrad ema"
+        yield Case(adam, full, _step_args(dtype, 0b111, step=True, ema=True))
+    one = scalar(FP32)
+    for launcher, states, step in (
+        (sgd, 0b001, False),
+        (rmsprop, 0b111, True),
+        (adam, 0b011, True),
+    ):
+        tables, *_ = _step_args(FP32, states, step=step)
+        yield Case(launcher, "fp32 clipped", (tables, None, None, one))
+        yield Case(launcher, "fp32 scaled clipped", (tables, one, one, one))
+    tables, *_ = _step_args(BF16, 0b111, step=True, ema=True)
+    yield Case(adam, "bf16 amsgrad ema scaled clipped", (tables, one, one, one))
+    yield Case(rmsprop, "fp32 centered momentum ema", _step_args(FP32, 0b111, step=True, ema=True))
+    yield Case(sgd, "fp32 ema", _step_args(FP32, 0, ema=True))
+    yield Case(adam, "bf16 half state", _step_args(BF16, 0b011, step=True, state=BF16))
+
+
+def _step_args(
+    dtype: torch.dtype,
+    states: int,
+    step: bool = False,
+    ema: bool = False,
+    state: torch.dtype = FP32,
+) -> tuple[Any, ...]:
+    """Tables of two tensors, one of which lies at odd addresses; ``states`` as in the kernel."""
+    lr, count = FP32, FP32 if step else None
+    averages = [FP32 if ema else None] * 2
+    kept = [state if states >> i & 1 else None for i in range(3)]
+    types = [dtype, dtype, lr, count, *averages, *kept]
+    return _tables(types, numbers=13), None, None, None
+
+
+def _tables(types: list[torch.dtype | None], numbers: int | None = None) -> Tables:
+    tables = Tables([2**20, 1000], torch.device("meta"), types)
+    rows = None if numbers is None else [(0.5,) * numbers]
+    tables.load([[0, 4] if dtype else [0, 0] for dtype in types], numbers=rows)
+    return tables
+
+
+def norms() -> Iterator[Case]:
+    for dtype in (FP32, BF16):
+        tables = _tables([dtype])
+        yield Case(multi_tensor.grad_norm, SHORT[dtype], (tables, None))
+        yield Case(multi_tensor.clip_grads, SHORT[dtype], (tables, scalar(FP32), 1.0))
+    yield Case(multi_tensor.grad_norm, "fp32 scaled", (_tables([FP32]), scalar(FP32)))
 
 
 def _path(dtype: torch.dtype, shape: tuple[int, ...], *words: str) -> str:

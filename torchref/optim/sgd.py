@@ -68,15 +68,7 @@ class SGD(Optimizer, torch.optim.SGD):
             state_dict from torch.optim.SGD carries torch's momentum with it, as it carries its
             other options. torch.optim.SGD accepts a state_dict with the key but ignores it, and
             would multiply the velocity by the learning rate again.
-        max_norm: scale all gradients together so that their norm, over all groups, is at most this,
-            as :func:`clip_grad_norm_` would, but inside the step: the gradients stay as they are.
-            The norm before clipping is in ``grad_norm``.
-        ema_decay: keep an average of the parameters, which each step moves by 1 - ``ema_decay``
-            towards them; the first is its start. See ``ema_parameters`` and ``averaged``.
-        ema_bias_correction: let the average weigh all steps as if it had started at zero and been
-            corrected for it, as in :class:`ExponentialMovingAverage`.
-        state_dtype: ``torch.float32`` keeps the state of half-precision parameters in that type,
-            so that its averages do not stall: 0.1% of a value is less than bfloat16 can add to it.
+        max_norm, ema_decay, ema_bias_correction, state_dtype: as in :class:`Adam`.
 
     Raises:
         ValueError: a hyperparameter is out of its range.

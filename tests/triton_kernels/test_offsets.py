@@ -1,7 +1,8 @@
 """Offsets past 2**31, without the memory: where the outer programs of a huge launch read and write.
 
 Launchers run on meta tensors. Of each launch the interpreter runs the first program and the last,
-on pointers to nothing, with loads and stores that only note their addresses.
+on pointers to nothing, with loads and stores that only note their addresses. The tables of
+multi_tensor are real, and what they list is not there.
 """
 
 import numpy as np
@@ -15,8 +16,10 @@ from torchref.triton_kernels import (
     cross_entropy,
     dropout,
     loss,
+    multi_tensor,
     softmax,
 )
+from torchref.triton_kernels._tables import Tables
 
 pytestmark = pytest.mark.skipif(not _launch.INTERPRETED, reason="looks into the interpreter")
 
@@ -51,14 +54,17 @@ class OuterPrograms:
         monkeypatch.setattr(interpreter.GridExecutor, "_init_args_hst", lambda self, a, k: (a, k))
         monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda self, *_: None)
         builder = interpreter.InterpreterBuilder
+        self.real_load, self.listed = builder.create_masked_load, {}
         monkeypatch.setattr(builder, "create_masked_load", self.load)
         monkeypatch.setattr(builder, "create_masked_store", self.store)
         self.monkeypatch = monkeypatch
 
     def run(self, kernel, programs, args, num_warps, constexprs):
-        tensors = [x for x in args if isinstance(x, torch.Tensor)]
+        tensors = [x for x in args if isinstance(x, torch.Tensor) and x.is_meta]
         addresses = {id(x): FIRST << number for number, x in enumerate(tensors)}
         args = [placed(x, addresses[id(x)]) if id(x) in addresses else x for x in args]
+        addresses |= {id(x): address for address, x in self.listed.items()}
+        tensors += self.listed.values()
         self.offsets = {address: (np.inf, -np.inf) for address in addresses.values()}
         builder = self.interpreter.interpreter_builder
         set_size, set_index = builder.set_grid_dim, builder.set_grid_idx
@@ -83,7 +89,20 @@ class OuterPrograms:
                 offsets = (here - base) // size
                 self.offsets[base] = min(low, offsets.min()), max(high, offsets.max())
 
-    def load(self, pointers, mask, *_):
+    def tables(self, n: int, columns: int) -> Tables:
+        """Of one tensor, that has n elements in each column, or one where a count is."""
+        one = [multi_tensor.LR.value, multi_tensor.STEP.value, multi_tensor.EMA_STEP.value]
+        skipped = multi_tensor.GRAD.value
+        tables = Tables([n], torch.device("cpu"), [torch.float32] * columns)
+        for i in range(columns):
+            x = torch.empty(1 if i + skipped in one else n, device="meta")
+            self.listed[FIRST << i] = x
+        tables.load([[address] for address in self.listed], numbers=[(0.5,) * 13])
+        return tables
+
+    def load(self, pointers, mask, *rest):
+        if pointers.data.flat[0] < FIRST and len(self.listed):
+            return self.real_load(self.interpreter.interpreter_builder, pointers, mask, *rest)
         self.note(pointers, mask)
         kind = pointers.get_element_ty()
         zeros = np.zeros(pointers.data.shape, self.interpreter._get_np_dtype(kind))
@@ -161,3 +180,20 @@ def test_they_reach_from_the_first_element_to_the_last(name, outer_programs):
     assert huge
     for kernel, x, low, high in huge:
         assert (low, high) == (0, x.numel() - 1), kernel
+
+
+@pytest.mark.parametrize("n", [2**31 + 3, 2**33 + 5])
+@pytest.mark.parametrize("name", ["sgd_step", "rmsprop_step", "adam_step"])
+def test_a_step_reaches_the_last_element_of_every_tensor(name, n, outer_programs):
+    getattr(multi_tensor, name)(outer_programs.tables(n, columns=9), None, None, None)
+    huge = [touched for touched in outer_programs.touched if touched[1].numel() > 1]
+    assert len(huge) == 6  # gradient, parameter, average, three states
+    assert {(low, high) for _, _, low, high in huge} == {(0, n - 1)}
+
+
+def test_norms_and_clipping_reach_the_last_gradient(outer_programs):
+    n = 2**31 + 3
+    tables = outer_programs.tables(n, columns=1)
+    multi_tensor.clip_grads(tables, multi_tensor.grad_norm(tables, None) + 4, 1.0)
+    ends = {(kernel, low, high) for kernel, _, low, high in outer_programs.touched}
+    assert ends == {("_squares_kernel", 0, n - 1), ("_clip_kernel", 0, n - 1)}

@@ -15,6 +15,7 @@ import torch
 from pieces import PIECES
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import torchref.optim
 from torchref.triton_kernels import (
     _launch,
     batch_norm,
@@ -172,6 +173,13 @@ def traffic(monkeypatch):
     return counter
 
 
+@pytest.fixture
+def kernels():
+    """For optimizers, whatever the process's backend."""
+    with torchref.backend("triton"):
+        yield
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_bytes_and_launches(name, traffic):
     call, launches, elements = CASES[name]
@@ -218,3 +226,82 @@ def test_split_batch_norm_takes_one_launch_more(traffic, monkeypatch):
         _, mean, rstd = batch_norm.batch_norm_fwd(x, None, None, None, None, 0.1, 1e-5, True)
         batch_norm.batch_norm_bwd(x, x, None, mean, rstd, (True, False, False))
     assert len(traffic.launches) == 6
+
+
+FP32, BF16 = torch.float32, torch.bfloat16
+STEP, NORM = ["_step_kernel"], ["_squares_kernel", "_norm_kernel"]
+# Bytes a parameter: those of its gradient read, those of the parameter and its state read and
+# written, once more the gradient's for its norm.
+STEPS: dict[str, tuple[type, dict[str, Any], list[str], float]] = {
+    "SGD": (torchref.optim.SGD, {}, STEP, 12),
+    "SGD, momentum": (torchref.optim.SGD, {"momentum": 0.9}, STEP, 20),
+    "SGD, average": (torchref.optim.SGD, {"ema_decay": 0.9}, STEP, 20),
+    "RMSprop": (torchref.optim.RMSprop, {}, STEP, 20),
+    "RMSprop, momentum": (torchref.optim.RMSprop, {"momentum": 0.9}, STEP, 28),
+    "RMSprop, centered": (torchref.optim.RMSprop, {"momentum": 0.9, "centered": True}, STEP, 36),
+    "Adam": (torchref.optim.Adam, {}, STEP, 28),
+    "AdamW, AMSGrad": (torchref.optim.AdamW, {"amsgrad": True}, STEP, 36),
+    "AdamW, average": (torchref.optim.AdamW, {"ema_decay": 0.9}, STEP, 36),
+    "AdamW, clipped": (torchref.optim.AdamW, {"max_norm": 1.0}, NORM + STEP, 32),
+}
+
+
+def weights(dtype: torch.dtype = FP32) -> list[torch.nn.Parameter]:
+    """Not all in whole chunks: what a tail reads twice would show, too."""
+    params = [torch.nn.Parameter(torch.randn(n).to(dtype)) for n in (3 * 4096, 4096 - 512, 5000)]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    return params
+
+
+# A program reads its word, the row of its tensor and the group's numbers: less than 200 bytes.
+TABLES = 200 * 6 / (3 * 4096 + 4096 - 512 + 5000)
+
+
+def bytes_a_parameter(traffic, params, step) -> float:
+    traffic.accesses = 0
+    traffic.launches.clear()
+    step()
+    return traffic.accesses / sum(p.numel() for p in params)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("name", STEPS)
+def test_steps_move_every_tensor_once(name, traffic):
+    cls, options, launches, expected = STEPS[name]
+    params = weights()
+    optimizer = cls(params, **options)
+    optimizer.step()
+    moved = bytes_a_parameter(traffic, params, optimizer.step)
+    assert traffic.launches == launches
+    assert expected <= moved < expected + TABLES
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(("state_dtype", "expected"), [(FP32, 22), (None, 14)])
+def test_half_parameters_move_half(state_dtype, expected, traffic):
+    params = weights(BF16)
+    optimizer = torchref.optim.AdamW(params, state_dtype=state_dtype)
+    optimizer.step()
+    moved = bytes_a_parameter(traffic, params, optimizer.step)
+    assert expected <= moved < expected + TABLES
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(("max_norm", "expected"), [(1.0, 12), (1e6, 4)])
+def test_clipping_writes_only_where_the_norm_is_too_large(max_norm, expected, traffic):
+    params = weights()
+    moved = bytes_a_parameter(
+        traffic, params, lambda: torchref.optim.clip_grad_norm_(params, max_norm)
+    )
+    assert traffic.launches == [*NORM, "_clip_kernel"]
+    assert expected <= moved < expected + TABLES
+
+
+@pytest.mark.usefixtures("kernels")
+def test_an_overflow_reads_nothing_but_the_verdict(traffic):
+    params = weights()
+    optimizer = torchref.optim.AdamW(params, fused=True)
+    optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.ones(())
+    optimizer.step()
+    assert bytes_a_parameter(traffic, params, optimizer.step) < 4 / 1000

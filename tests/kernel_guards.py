@@ -1,11 +1,15 @@
-"""Run kernels between guards: what they may not read is NaN, what they must write is NaN before."""
+"""Run kernels between guards: what they may not read is NaN, what they must write is NaN before.
+
+What an optimizer's step read of a NaN, it would write back as it was, and nobody would see it.
+So its tensors lie between numbers.
+"""
 
 import contextlib
-import copy
 import ctypes
 import functools
 import math
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,6 +28,8 @@ POISON = {True: math.nan, False: 0x5A}  # of numbers with and without a point
 class Arena:
     """Memory with a guard on either side of each tensor."""
 
+    of_numbers = False
+
     def __init__(self, guard: int = GUARD) -> None:
         self.guard = guard
         # the memory, as it was before, and which of it is the tensor
@@ -37,7 +43,9 @@ class Arena:
         first = margin + shift // dtype.itemsize
         memory = REAL_EMPTY(first + extent + margin, dtype=dtype, device=device)
         memory.fill_(POISON[dtype.is_floating_point])
-        if dtype.is_floating_point:  # other NaN in each block: one copied onto another would show
+        if self.of_numbers:
+            memory.copy_(torch.arange(len(memory)) % 7 + 1)
+        elif dtype.is_floating_point:  # other NaN in each block: one copied onto another would show
             integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
             memory.view(integer).add_(1 + len(self.blocks))
         self.blocks.append((memory, memory.clone(), slice(first, first + extent)))
@@ -96,11 +104,14 @@ class CopiedTables:
     """
 
     def __init__(self, tables: Any, arena: Arena) -> None:
-        self.real, self.copy = tables, copy.copy(tables)
+        self.real, self.copy = tables, SimpleNamespace()
+        for name in ("tensors", "programs", "types", "device"):
+            setattr(self.copy, name, getattr(tables, name))
         for name in ("words", "rows", "numbers", "ticket"):
             if hasattr(tables, name):
                 setattr(self.copy, name, arena.copy(getattr(tables, name)))
         self.tensors: dict[int, tuple[Tensor, Tensor]] = {}
+        arena.of_numbers = True
         for column, dtype in enumerate(tables.types):
             for row in range(tables.tensors if dtype else 0):
                 address = tables.rows[column, row].item()
@@ -110,6 +121,7 @@ class CopiedTables:
                     self.tensors[address] = x, arena.copy(x, shift=address % 16)
                 if address:
                     self.copy.rows[column, row] = self.tensors[address][1].data_ptr()
+        arena.of_numbers = False
         self.rows = self.copy.rows.clone()
 
     def write_back(self) -> None:

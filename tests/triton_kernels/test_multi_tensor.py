@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
 from kernel_compiling import recorded
 from optim.optim_parity import (
     CASES,
@@ -30,7 +31,7 @@ from torch.nn.utils import clip_grad_norm_
 import torchref
 from torchref import dispatch
 from torchref.optim import _one_launch, _optimizer
-from torchref.triton_kernels import _launch, _tables
+from torchref.triton_kernels import _launch, _tables, multi_tensor
 
 if os.environ.get("TRITON_INTERPRET") != "1" or dispatch.get_backend() != "triton":
     pytest.skip(
@@ -142,8 +143,9 @@ def assert_as_good_as_torchs(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("name", "kwargs"), CASES)
 def test_every_option(name, kwargs, dtype, launches):
-    # torch's own half-precision square roots overflow at a smaller eps
-    options = kwargs | ({} if name == "SGD" else {"eps": 1e-3})
+    options = {"lr": 0.1} | kwargs  # so that what is wrong of a step is not lost in its parameter
+    if name != "SGD":
+        options["eps"] = 1e-3  # which half types have
     assert_as_good_as_torchs(name, options, lambda: parameters(dtype))
     assert launches == 6 * STEP
 
@@ -161,6 +163,39 @@ def test_sizes_that_a_wrong_mask_shows_in(name, dtype, launches):
 def test_a_tensor_of_several_chunks():
     sizes = [(CHUNK,), (3 * CHUNK + 1,), (2 * CHUNK - BLOCK,)]
     assert_as_good_as_torchs("Adam", {}, lambda: parameters(FP32, sizes), steps=2)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    for module in (_tables, multi_tensor):
+        monkeypatch.setattr(module, "BLOCK", tl.constexpr(16))
+    monkeypatch.setattr(_tables, "CHUNK", tl.constexpr(32))
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("name", NAMES)
+def test_more_tensors_and_chunks_than_a_block_has_elements(name):
+    """The last program counts for all tensors, and the norm is of all chunks' sums."""
+    shapes = [(n % 5,) for n in range(33)] + [(33,), (47,), (48,), (49,), (32 * 20 + 1,)]
+    options = FULL[name] | ({} if name == "SGD" else {"eps": 1.0})
+    assert_as_good_as_torchs(
+        name, options, lambda: parameters(FP32, shapes), steps=2, clip=0.5, max_norm=0.5
+    )
+
+
+ENDS = [
+    ("SGD", {"momentum": 0.9, "dampening": 1.0}),
+    ("RMSprop", {"alpha": 0.0, "eps": 1e-3}),
+    ("Adam", {"betas": (0.0, 0.0), "eps": 1e-3}),
+    ("Adam", {"betas": (0.0, 0.999)}),
+    ("AdamW", {"lr": 0.0}),
+]
+
+
+@pytest.mark.parametrize(("name", "kwargs"), ENDS)
+def test_hyperparameters_at_their_ends(name, kwargs):
+    """A beta of 0 has no logarithm."""
+    assert_as_good_as_torchs(name, kwargs, parameters, steps=3)
 
 
 def views(dtype: torch.dtype) -> list[Parameter]:
@@ -799,6 +834,19 @@ def assert_clips_as_good_as_torchs(max_norm: float, make: Callable[[], list[Para
 def test_clipping_in_place(max_norm, dtype, launches):
     assert_clips_as_good_as_torchs(max_norm, lambda: parameters(dtype))
     assert launches == [*NORM, "_clip_kernel"]
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 1e-6, 1.0])
+@pytest.mark.parametrize("scale", [0.0, 1e-7])
+def test_clipping_gradients_of_almost_nothing(scale, max_norm):
+    """Where the 1e-6 that keeps the norm from 0 counts."""
+    (grads,) = gradients(parameters(), 1)
+    grads = [None if g is None else scale * g for g in grads]
+    results = [
+        clipped(clip, max_norm, parameters(), grads)
+        for clip in (torchref.optim.clip_grad_norm_, clip_grad_norm_)
+    ]
+    torch.testing.assert_close(*results, rtol=5e-7, atol=0)
 
 
 @pytest.mark.parametrize("max_norm", [0.5, 1e6])

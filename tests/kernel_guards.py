@@ -108,8 +108,8 @@ class CopiedTables:
         for name in ("tensors", "programs", "types", "device"):
             setattr(self.copy, name, getattr(tables, name))
         for name in ("words", "rows", "numbers", "ticket"):
-            if hasattr(tables, name):
-                setattr(self.copy, name, arena.copy(getattr(tables, name)))
+            x = getattr(tables, name, None)
+            setattr(self.copy, name, None if x is None else arena.copy(x))
         self.tensors: dict[int, tuple[Tensor, Tensor]] = {}
         arena.of_numbers = True
         for column, dtype in enumerate(tables.types):
@@ -126,7 +126,9 @@ class CopiedTables:
 
     def write_back(self) -> None:
         assert torch.equal(self.copy.rows, self.rows), "a kernel wrote to its tables"
-        self.real.ticket.copy_(self.copy.ticket)
+        if self.real.ticket is not None:
+            if self.copy.ticket is not None:
+            self.real.ticket.copy_(self.copy.ticket)
         for x, copied in self.tensors.values():
             x.copy_(copied)
 

@@ -21,6 +21,19 @@ FILES = [
     ROOT / "tests" / "test_model.py",
     ROOT / "tests" / "test_opaque.py",
 ]
+# Of the optimizers' own tests those that reach a kernel: the rest are in float64, choose another
+# backend or want torch's very bits. test_multi_tensor.py has every option in every type.
+OPTIMIZERS = [
+    "default-torch.float32",  # test_error_against_torchs_own
+    "in_one_launch",
+    "half_types",
+    "the_scale_divides",
+    "overflow",
+    "max_norm_is_of_gradients",
+    "come_back_from_torch",
+    "state_dicts_keep",
+    "sharded",
+]
 ENVIRONMENT = {**os.environ, "TRITON_INTERPRET": "1", "TORCHREF_BACKEND": "triton"}
 
 pytestmark = pytest.mark.skipif(
@@ -30,7 +43,15 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT / "tests")))
 def test_through_the_kernels(path):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
+    run(str(path))
+
+
+def test_optimizers_through_the_kernels():
+    run("tests/optim", "-k", " or ".join(OPTIMIZERS))
+
+
+def run(*arguments: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
     assert " passed" in result.stdout.splitlines()[-1]

@@ -10,8 +10,17 @@ import torch
 from kernel_compiling import recorded
 
 import torchref.nn
+import torchref.optim
 from torchref import dispatch, triton_kernels
-from torchref.triton_kernels import activation, batch_norm, cross_entropy, dropout, softmax
+from torchref.triton_kernels import (
+    activation,
+    batch_norm,
+    cross_entropy,
+    dropout,
+    multi_tensor,
+    softmax,
+)
+from torchref.triton_kernels._tables import Tables
 
 MASKS_OF_TORCH = {("dropout", "dropout_fwd"), ("dropout", "dropout_bwd")}  # no kernel draws them
 FORMULAS = {
@@ -43,6 +52,14 @@ def test_launchers_have_their_formulas_signatures(where):
     assert inspect.signature(inspect.unwrap(launcher)) == formula
 
 
+def test_every_optimizer_has_a_kernel_and_every_step_its_optimizer():
+    optimizers = [torchref.optim.SGD, torchref.optim.RMSprop, torchref.optim.Adam]
+    steps = {name for name in vars(multi_tensor) if name.endswith("_step") and name[0] != "_"}
+    assert {optimizer._kernel for optimizer in optimizers} == steps
+    signatures = {str(inspect.signature(getattr(multi_tensor, name))) for name in steps}
+    assert len(signatures) == 1  # the optimizers call them alike
+
+
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -63,6 +80,9 @@ def test_grids_are_legal_for_any_size():
         for x in (meta(2**20, 3, 2**16), meta(2**31, 64), meta(1, 1, 2**40), meta(2, 2**20, 7)):
             _, mean, rstd = batch_norm.batch_norm_fwd(x, None, None, None, None, 0.1, 1e-5, True)
             batch_norm.batch_norm_bwd(x, x, None, mean, rstd, (True, False, False))
-    assert len(launches) > 15
+        gradients = Tables([2**35 + 1], torch.device("meta"), [torch.bfloat16])
+        gradients.load([[0]])
+        multi_tensor.clip_grads(gradients, multi_tensor.grad_norm(gradients, None), 1.0)
+    assert len(launches) > 18
     for launch in launches:
         assert 0 < launch.programs < 2**31, launch

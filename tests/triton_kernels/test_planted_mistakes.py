@@ -1769,8 +1769,8 @@ MULTI_TENSOR = [
         ),
         (
             "AMSGrad drops a NaN",
-            "tl.PropagateNan.ALL",
-            "tl.PropagateNan.NONE",
+            "tl.maximum(v_max, v, propagate_nan=tl.PropagateNan.ALL)",
+            "tl.where(v > v_max, v, v_max)",
             NOT_FINITE_STEP,
         ),
         (

@@ -127,7 +127,6 @@ class CopiedTables:
     def write_back(self) -> None:
         assert torch.equal(self.copy.rows, self.rows), "a kernel wrote to its tables"
         if self.real.ticket is not None:
-            if self.copy.ticket is not None:
             self.real.ticket.copy_(self.copy.ticket)
         for x, copied in self.tensors.values():
             x.copy_(copied)

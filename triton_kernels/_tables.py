@@ -37,7 +37,7 @@ STARTS = tl.constexpr(2)  # the state has seen no gradient yet
 GROUP_SHIFT = tl.constexpr(2)
 
 _words: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
-_for_replays: list[Tensor] = []  # what captured graphs read and do not own
+_for_replays: dict[int, Tensor] = {}  # what captured graphs read and do not own
 
 
 class Tables:
@@ -55,6 +55,7 @@ class Tables:
         self.sizes = tuple(sizes)
         self.device = device
         self.types = [None] * GRAD.value + list(types)
+        self.numbers: Tensor | None = None  # for norms and clipping
         self._forget()
 
     @property
@@ -86,11 +87,13 @@ class Tables:
             numbers: of each group.
         """
         on_gpu = self.device.type == "cuda"
-        capturing = on_gpu and torch.cuda.is_current_stream_capturing()
+        capturing = on_gpu and _captures(self.device)
         stream = driver.active.get_current_stream(self.device.index) if on_gpu else None
         if self._words is None or capturing or stream != self._stream:
             self._forget()  # another stream may yet read what it has been sent
             self._words = words_for(self.sizes, self.device, capturing)
+            if on_gpu and not capturing:
+                self._words.record_stream(torch.cuda.current_stream(self.device))
         grads, *others = addresses
         layout = others, groups, starts
         if layout != self._layout:
@@ -98,11 +101,11 @@ class Tables:
             self._layout = layout
             self._grads = None
         if grads != self._grads:
-            self._send_rows(grads, others, capturing)
+            self._send_rows(grads, others)
         if numbers != self._numbers:
-            self.numbers = _sent(numbers or [], torch.float32, self.device, capturing)
+            self.numbers = _sent(numbers or [], torch.float32, self.device)
             self._numbers = numbers
-        if self.ticket is None:
+        if self.ticket is None and numbers is not None:  # norms and clipping count nothing
             self.ticket = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._stream = -1 if capturing else stream  # what a graph has been sent is its own
 
@@ -127,52 +130,53 @@ class Tables:
             marks.append((flags | STARTS.value * bool(starts and starts[i]), bits))
         return marks
 
-    def _send_rows(self, grads: list[int], others: list[list[int]], capturing: bool) -> None:
+    def _send_rows(self, grads: list[int], others: list[list[int]]) -> None:
         aligned = ALIGNED.value
         flags = [
             mark if (bits | grad) % 16 else mark | aligned
             for (mark, bits), grad in zip(self._marks, grads, strict=True)
         ]
-        if self._grads is None or flags != self._sent_flags:
+        if self._grads is None or flags != self._sent_flags or self.rows.is_inference():
             rows = [list(self.sizes), flags, grads, *others]
-            self.rows = _sent(rows, torch.int64, self.device, capturing)
+            self.rows = _sent(rows, torch.int64, self.device)
         else:  # as so often, only gradients have moved
-            self.rows[GRAD.value].copy_(
-                _on_host(grads, torch.int64, self.device), non_blocking=True
-            )
+            moved = _on_host(grads, torch.int64, self.device)
+            self.rows[GRAD.value].copy_(moved, non_blocking=True)
         self._grads, self._sent_flags = grads, flags
 
 
+def _captures(device: torch.device) -> bool:
+    """Whether the device's stream records a graph."""
+    if device.index == torch.cuda.current_device():
+        return torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def _sent(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A copy on the device that nobody waits for, which a graph makes again in each replay."""
+    return _on_host(values, dtype, device).to(device, non_blocking=True)
+
+
 def _on_host(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Pinned. Torch lends its memory to nobody else before the copy is made, and never to anybody
+    # where a graph makes the copy.
     return torch.tensor(values, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
-
-
-def _sent(
-    values: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device, capturing: bool
-) -> Tensor:
-    if not capturing:
-        return _on_host(values, dtype, device).to(device, non_blocking=True)
-    # Pinned memory may not be allocated in a capture; a replay reads other memory as well.
-    host = torch.tensor(values, dtype=dtype, device="cpu")
-    _for_replays.append(host)
-    return host.to(device, non_blocking=True)
 
 
 def words_for(sizes: tuple[int, ...], device: torch.device, capturing: bool = False) -> Tensor:
     """A word for each chunk of each tensor; an empty tensor has one, too."""
     key = sizes, device
     words = _words.get(key)
+    if words is None and capturing:  # not there before the first replay, and so for nobody else
+        return _new_words(sizes).pin_memory().to(device, non_blocking=True)
     if words is None:
-        host = _new_words(sizes)
-        words = host.to(device, non_blocking=capturing)
-        if capturing:  # not there before the first replay, and so for nobody else
-            _for_replays.append(host)
-            return words
+        words = _new_words(sizes).to(device)
         while len(_words) >= 64:
             del _words[next(iter(_words))]
         _words[key] = words
     if capturing:
-        _for_replays.append(words)
+        _for_replays[id(words)] = words
     return words
 
 

@@ -383,14 +383,15 @@ def _step(
     found_inf: Tensor | None,
     norm: Tensor | None,
 ) -> None:
-    types = tables.types
+    types, numbers = tables.types, tables.numbers
+    assert numbers is not None
     states = types[STATE.value :]
     launch(
         _step_kernel,
         tables.programs,
         tables.words,
         tables.rows,
-        tables.numbers,
+        numbers,
         tables.ticket,
         grad_scale,
         found_inf,
@@ -398,7 +399,7 @@ def _step(
         tables.tensors,
         SCALARS=scalars,
         UPDATE=update,
-        NUMBERS=tables.numbers.shape[1],
+        NUMBERS=numbers.shape[1],
         PARAM_TYPE=TYPES[types[PARAM.value]],
         GRAD_TYPE=TYPES[types[GRAD.value]],
         STATE_TYPE=next((TYPES[dtype] for dtype in states if dtype), tl.float32),

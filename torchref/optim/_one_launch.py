@@ -37,6 +37,7 @@ class StepInOneLaunch:
         self.params = _params(optimizer)
         self.structure = _structure(optimizer)
         self.paused = [p.grad is None for p in self.params]
+        self.groups = sorted({group for group, _ in rows})
         self.sharded = any(local(p) is not p for p in self.params)
         self.kept = self._kept(optimizer)
         parts: dict[Any, list[int]] = {}
@@ -75,7 +76,10 @@ class StepInOneLaunch:
 
     def load(self, optimizer: "Optimizer") -> None:
         """Tell the device where the tensors are and what the hyperparameters are by now."""
-        numbers = [optimizer._numbers(group) for group in optimizer.param_groups]
+        groups = optimizer.param_groups
+        taken = {i: optimizer._numbers(groups[i]) for i in self.groups}
+        nothing = (0.0,) * len(taken[self.groups[0]])
+        numbers = [taken.get(i, nothing) for i in range(len(groups))]
         for part in self.parts:
             part.load(numbers)
 

@@ -161,7 +161,8 @@ class Optimizer(torch.optim.Optimizer):
             # A parameter whose first gradient comes late was constant until now.
             counts = [other["ema_step"] for other in self.state.values() if "ema_step" in other]
             state["ema"] = opmath(row.param.detach()).clone(memory_format=torch.preserve_format)
-            state["ema_step"] = counts[0].clone() if counts else torch.zeros(())
+            zero = torch.zeros((), device=row.param.device)
+            state["ema_step"] = counts[0].to(zero, copy=True) if counts else zero
         return row._replace(ema=state["ema"], ema_step=state["ema_step"])
 
     def _average_paused(self, group: dict[str, Any], found_inf: Tensor | None) -> None:
@@ -234,13 +235,16 @@ class Optimizer(torch.optim.Optimizer):
         """Torch's, with the counts of steps where torch has them."""
         state_dict = super().state_dict()
         states = state_dict["state"]
+        moved: dict[torch.device, list[Any]] = {}
         for group in state_dict["param_groups"]:
-            if group.get("capturable") or group.get("fused"):
-                continue
-            keys = [key for key in group["params"] if "step" in states.get(key, {})]
-            counts = [states[key]["step"] for key in keys]
-            if counts and not counts[0].is_cpu:  # the kernel has moved them; one copy for all
-                for key, count in zip(keys, torch.stack(counts).cpu(), strict=True):
+            for key in group["params"]:
+                step = states.get(key, {}).get("step")
+                if isinstance(step, Tensor) and not (group.get("capturable") or group.get("fused")):
+                    moved.setdefault(step.device, []).append(key)
+        for device, keys in moved.items():
+            if device.type != "cpu":  # the kernel has moved them; one copy for all of a device
+                counts = torch.stack([states[key]["step"] for key in keys]).cpu()
+                for key, count in zip(keys, counts, strict=True):
                     states[key] = {**states[key], "step": count.clone()}
         return state_dict
 

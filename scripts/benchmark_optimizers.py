@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from parameter_lists import Shapes, gpt2, resnet50
 
 import torchref
 import torchref.optim
@@ -32,34 +33,7 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Adam": ("Adam", {}),
     "AdamW": ("AdamW", {}),
 }
-Shapes = list[tuple[int, ...]]
 Step = Callable[[], Any]
-
-
-def resnet50() -> Shapes:
-    """161 tensors, 25.6 million parameters."""
-    shapes: Shapes = [(64, 3, 7, 7), (64,), (64,)]
-    channels = 64
-    for blocks, width in ((3, 64), (4, 128), (6, 256), (3, 512)):
-        for block in range(blocks):
-            for out, inner, size in (
-                (width, channels, 1),
-                (width, width, 3),
-                (4 * width, width, 1),
-            ):
-                shapes += [(out, inner, size, size), (out,), (out,)]
-            if block == 0:
-                shapes += [(4 * width, channels, 1, 1), (4 * width,), (4 * width,)]
-            channels = 4 * width
-    return [*shapes, (1000, channels), (1000,)]
-
-
-def gpt2() -> Shapes:
-    """148 tensors, 124 million parameters."""
-    norm: Shapes = [(768,), (768,)]
-    attention: Shapes = [(768, 2304), (2304,), (768, 768), (768,)]
-    mlp: Shapes = [(768, 3072), (3072,), (3072, 768), (768,)]
-    return [(50257, 768), (1024, 768), *(norm + attention + norm + mlp) * 12, *norm]
 
 
 MODELS: dict[str, Callable[[], Shapes]] = {

@@ -279,9 +279,11 @@ def on_device(flag: Tensor | None, device: torch.device) -> Any:
     return None if flag is None else flag.to(device, non_blocking=True)
 
 
-def workspace(state: Tensors, found_inf: Tensor | None, differentiable: bool) -> list[Any]:
+def workspace(state: list[Any], found_inf: Tensor | None, differentiable: bool) -> list[Any]:
     """What the update computes in: the state itself, or copies; see the module's docstring."""
     copies = differentiable or found_inf is not None
+    if not copies and state[0].dtype in (torch.float32, torch.float64):
+        return list(state)
     return [
         None if x is None else opmath(x).clone() if copies and opmath(x) is x else opmath(x)
         for x in state

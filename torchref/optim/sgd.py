@@ -3,6 +3,7 @@
 # torch._foreach_* is how torch.optim itself works on lists; it has no public name.
 # pyright: reportPrivateImportUsage=false
 
+import itertools
 from typing import Any
 
 import torch
@@ -140,7 +141,7 @@ class SGD(Optimizer, torch.optim.SGD):
         if has_sparse_grad and group["fused"]:
             raise RuntimeError("`_fused_sgd` does not support sparse gradients")  # torch's
         if not buffers:
-            return [Row(param, grad, (None,)) for param, grad in zip(params, grads, strict=True)]
+            return list(map(Row, params, grads, itertools.repeat((None,))))
         rows = []
         for param, grad, buffer in zip(params, grads, buffers, strict=True):
             starts = buffer is None

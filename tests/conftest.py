@@ -32,6 +32,7 @@ if INTERPRETING:
     from triton.runtime import interpreter
 
     from torchref import dispatch
+    from torchref.optim import _one_launch
 
     find_kernel, truncating = dispatch.find_kernel, interpreter._convert_float
 
@@ -60,3 +61,4 @@ if INTERPRETING:
             return kernel and guarded(kernel)
 
         monkeypatch.setattr(dispatch, "find_kernel", find)
+        monkeypatch.setattr(_one_launch, "find_kernel", find)

@@ -51,6 +51,7 @@ from torchref.triton_kernels import (
     cross_entropy,
     dropout,
     linear,
+    linear_cross_entropy,
     loss,
     multi_tensor,
     softmax,
@@ -127,6 +128,7 @@ def cases() -> Iterator[Case]:
     yield from softmaxes()
     yield from cross_entropies()
     yield from nll_losses()
+    yield from losses_of_chunks()
     yield from batch_norms()
     for dtype, shape in ((BF16, (8192, 4096)), (FP32, (8192, 1000)), (BF16, (64, 4096))):
         yield Case(linear.linear_bias_bwd, _path(dtype, shape), (meta(*shape, dtype=dtype),))
@@ -261,6 +263,20 @@ def nll_losses() -> Iterator[Case]:
         yield Case(cross_entropy.nll_loss_fwd, path, args)
         args = (dy, x, index, weight, scalar(FP32), reduction, -100)
         yield Case(cross_entropy.nll_loss_bwd, path, args)
+
+
+def losses_of_chunks() -> Iterator[Case]:
+    for dtype, shape, weighted, smoothing, gradient in [
+        (BF16, (2048, 128256), False, None, True),
+        (BF16, (2048, 50257), True, 0.1, True),
+        (BF16, (4096, 16384), False, 0.1, True),
+        (BF16, (8192, 1000), True, None, False),
+        (FP32, (8192, 1000), False, None, True),
+    ]:
+        path = _scores_path(dtype, shape, "" if gradient else "losses", weighted, smoothing)
+        x, weight, index, _ = _scores(dtype, shape, "none", weighted)
+        args = (x, index, weight, -100, smoothing, gradient)
+        yield Case(linear_cross_entropy.losses_fwd, path, args)
 
 
 def _scores_path(

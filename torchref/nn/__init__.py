@@ -18,6 +18,7 @@ from torchref.nn.cross_entropy import CrossEntropyLoss as CrossEntropyLoss
 from torchref.nn.cross_entropy import NLLLoss as NLLLoss
 from torchref.nn.dropout import Dropout as Dropout
 from torchref.nn.linear import Linear as Linear
+from torchref.nn.linear_cross_entropy import LinearCrossEntropyLoss as LinearCrossEntropyLoss
 from torchref.nn.loss import BCELoss as BCELoss
 from torchref.nn.loss import BCEWithLogitsLoss as BCEWithLogitsLoss
 from torchref.nn.loss import L1Loss as L1Loss

@@ -14,6 +14,7 @@ from torchref.nn.cross_entropy import cross_entropy as cross_entropy
 from torchref.nn.cross_entropy import nll_loss as nll_loss
 from torchref.nn.dropout import dropout as dropout
 from torchref.nn.linear import linear as linear
+from torchref.nn.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from torchref.nn.loss import binary_cross_entropy as binary_cross_entropy
 from torchref.nn.loss import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits
 from torchref.nn.loss import l1_loss as l1_loss

@@ -158,6 +158,7 @@ def linear_cross_entropy(
     al., "Liger kernel", 2024.
     """
     name = "linear_cross_entropy"
+    _check_ranks(name, input, linear_weight)
     index = -100 if ignore_index is None else ignore_index
     plain = input.ndim == 2 and linear_weight.ndim == 2 and target.ndim == 1
     if plain and not torch._C._are_functorch_transforms_active():
@@ -176,6 +177,16 @@ def linear_cross_entropy(
         reduction=reduction,
         label_smoothing=label_smoothing,
     )
+
+
+def _check_ranks(name: str, input: Tensor, linear_weight: Tensor) -> None:
+    if input.ndim not in (1, 2):
+        raise RuntimeError(f"{name}: expected 1D or 2D `input`, got shape {tuple(input.shape)}")
+    if linear_weight.ndim < 2 or (linear_weight.ndim > 2 and input.ndim == 1):
+        raise RuntimeError(
+            f"{name}: expected `linear_weight` of two dimensions, or more for 2D `input`, "
+            f"got shape {tuple(linear_weight.shape)}"
+        )
 
 
 def _rows_within(budget: int, linear_weight: Tensor) -> int:
@@ -236,7 +247,8 @@ class LinearCrossEntropyFunction(Function):
         grads = _Gradients(x, w, b, wants)
         loss = torch.zeros((), dtype=opmath(x).dtype, device=x.device)
         for part, scores, t in _chunks(x, w, b, target, rows):
-            loss += losses_fwd(scores, t, weight, ignore_index, smoothing, any(wants)).sum()
+            losses = losses_fwd(scores, t, weight, ignore_index, smoothing, any(wants))
+            loss = loss + losses.sum()
             grads.take(part, scores)
         if reduction == "sum":
             return loss, *grads.tensors(), torch.ones_like(loss)

@@ -250,20 +250,21 @@ def _arguments(
     clip: Tensor | None,
 ) -> list[tuple[Any, ...]]:
     """What :func:`adam_update` takes for each row after its tensors; one object for equal ones."""
-    beta1, beta2 = map(_to_scalar, group["betas"])
     l2, decay = _weight_decay(group)
+    rest = *map(_to_scalar, group["betas"]), group["eps"], l2, decay, group["maximize"]
     shared: dict[Any, tuple[Any, ...]] = {}
     arguments = []
     for row in rows:
         assert row.step is not None
-        t = step_number(row.step)
-        key = row.param.device, id(t) if isinstance(t, Tensor) else t
-        if key not in shared:
-            flags = (on_device(x, row.param.device) for x in (grad_scale, found_inf, clip))
-            step_size, correction = _corrections(t, group)
-            decays = l2, decay, group["maximize"], group["differentiable"]
-            shared[key] = (*flags, step_size, correction, beta1, beta2, group["eps"], *decays)
-        arguments.append(shared[key])
+        t, device = step_number(row.step), row.param.device
+        # counts that are tensors are each their own
+        args = None if isinstance(t, Tensor) else shared.get((device, t))
+        if args is None:
+            flags = (on_device(x, device) for x in (grad_scale, found_inf, clip))
+            args = (*flags, *_corrections(t, group), *rest, group["differentiable"])
+            if not isinstance(t, Tensor):
+                shared[device, t] = args
+        arguments.append(args)
     return arguments
 
 

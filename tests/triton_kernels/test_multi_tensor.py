@@ -717,6 +717,52 @@ def test_tables_are_made_anew_after(change):
         torch.testing.assert_close(results[0][key], value, rtol=2e-6, atol=1e-7)
 
 
+def test_a_parameter_that_becomes_smaller_where_it_lies():
+    """Its address is the same: a step of the old size would write past it."""
+    base = torch.ones(8)
+    w = Parameter(base)
+    optimizer = ours("SGD")([w], lr=1.0)
+    w.grad = torch.ones(8)
+    optimizer.step()
+    w.grad = None
+    w.data = base[:2]
+    w.grad = torch.ones(2)
+    optimizer.step()
+    assert base.tolist() == [-1.0] * 2 + [0.0] * 6
+
+
+@pytest.mark.parametrize("direction", ["ours to torch", "torch to ours"])
+@pytest.mark.parametrize(("name", "kwargs"), CASES)
+def test_state_dicts_swap_midway(name, kwargs, direction):
+    """60 steps under a schedule, the first and the second half by one library each."""
+
+    def swapped(make, params, grads):
+        first, second = make
+        optimizer = first(params, **copy.deepcopy(kwargs), lr=0.01)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99)
+        for i, step in enumerate(grads):
+            if i == len(grads) // 2:
+                saved = copy.deepcopy((optimizer.state_dict(), schedule.state_dict()))
+                optimizer = second(params, **copy.deepcopy(kwargs), lr=0.01)
+                optimizer.load_state_dict(saved[0])
+                schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99)
+                schedule.load_state_dict(saved[1])
+            give(params, step)
+            optimizer.step()
+            schedule.step()
+        return tensors(params, optimizer)
+
+    shapes = [(61,), (5, 13), (0,)]
+    both = (ours(name), theirs(name))[:: 1 if direction == "ours to torch" else -1]
+    grads = gradients(parameters(FP32, shapes), 60)
+    results = [
+        swapped(both, parameters(FP32, shapes), grads),
+        swapped((theirs(name),) * 2, parameters(FP32, shapes), grads),
+        swapped((theirs(name),) * 2, doubled(parameters(FP32, shapes)), grads),
+    ]
+    assert_as_good(*results)
+
+
 def test_another_backend_takes_the_formula_at_once(launches):
     _, optimizer = two()
     optimizer.step()

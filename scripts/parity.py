@@ -13,12 +13,14 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import torchref
+from torchref.nn.functional import linear_cross_entropy
 from torchref.testing import Comparison, measure_parity
 
 DTYPES = ["float64", "float32", "float16", "bfloat16"]
@@ -50,6 +52,9 @@ def cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
     yield both("CrossEntropyLoss", rows, index)
     yield both("CrossEntropyLoss", rows, index, weight=torch.rand(100), label_smoothing=0.1)
     yield both("CrossEntropyLoss", rows, probabilities, reduction="sum")
+    in_chunks = partial(linear_cross_entropy, options=SimpleNamespace(batch_chunk_size=128))
+    heads = rows, draw(100, 100, scale=0.1), index
+    yield "LinearCrossEntropyLoss(rows at a time=128)", in_chunks, linear_then_cross_entropy, heads
     yield both("NLLLoss", rows.detach().log_softmax(1).requires_grad_(), index)
     yield both("MSELoss", rows, draw(512, 100))
     yield both("L1Loss", rows, draw(512, 100))
@@ -72,6 +77,10 @@ def cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
         start = draw(1000).detach()
         gradients = torch.randn(100, 1000).to(device, dtype)
         yield f"{name}({shown})", ours, theirs, (start, gradients)
+
+
+def linear_then_cross_entropy(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(torch.nn.functional.linear(x, weight), target)
 
 
 OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [

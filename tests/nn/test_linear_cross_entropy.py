@@ -247,6 +247,18 @@ def test_torch_func():
     torch.testing.assert_close(*batched)
 
 
+def test_forward_mode():
+    x, w, b, target = (t.detach() for t in inputs())
+    tangent = torch.ones_like(x)
+    results = []
+    for f in (in_chunks, composed):
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, tangent)
+            loss = f(dual, w, b, target, options=FIVE)
+            results.append(torch.autograd.forward_ad.unpack_dual(loss).tangent)
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_under_torch_compile(reduction):
     x, w, b, target = inputs(torch.float32)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchref.autograd import Function, autocast, opmath, rounded
-from torchref.dispatch import accelerated
+from torchref.dispatch import accelerated, differentiates_forward
 from torchref.nn.cross_entropy import (
     _checked_indices,
     _log_p,
@@ -161,7 +161,7 @@ def linear_cross_entropy(
     _check_ranks(name, input, linear_weight)
     index = -100 if ignore_index is None else ignore_index
     plain = input.ndim == 2 and linear_weight.ndim == 2 and target.ndim == 1
-    if plain and not torch._C._are_functorch_transforms_active():
+    if plain and not (torch._C._are_functorch_transforms_active() or differentiates_forward()):
         rows = getattr(options, "batch_chunk_size", None) or _rows_within(BUDGET, linear_weight)
         if input.shape[0] > rows:
             rest = (weight, checked_reduction(name, None, None, reduction), index, label_smoothing)

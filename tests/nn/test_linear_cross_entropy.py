@@ -247,6 +247,50 @@ def test_torch_func():
     torch.testing.assert_close(*batched)
 
 
+def test_a_loss_scale_beyond_float16():
+    """Rounded first, 70,000 is infinite, and 0 * inf is NaN."""
+    x, w, _, target = inputs(torch.float32)
+    grads = []
+    for f in (in_chunks, composed):
+        with torch.autocast(x.device.type, torch.float16):
+            losses = f(x * 0.01, w * 0.05, None, target, reduction="none", options=FIVE)
+        grads.append(torch.autograd.grad((losses * 70000).sum(), (x, w)))
+        assert all(g.isfinite().all() for g in grads[-1])
+    for a, c in zip(*grads, strict=True):
+        assert (a - c).abs().max() <= 4 * torch.finfo(torch.float16).eps * c.abs().max()
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_backward_inside_another_autocast(reduction):
+    x, w, b, target = inputs(torch.float32)
+    losses = [f(x, w, b, target, reduction=reduction, options=FIVE) for f in (in_chunks, composed)]
+    with torch.autocast(x.device.type, torch.bfloat16):
+        grads = torch.autograd.grad(losses[0].sum(), (x, w, b))
+    torch.testing.assert_close(grads, torch.autograd.grad(losses[1].sum(), (x, w, b)))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_batched_backward(reduction):
+    x, w, b, target = inputs()
+    jacobians = [
+        torch.autograd.functional.jacobian(
+            lambda x, f=f: f(x, w, b, target, reduction=reduction, options=FIVE),
+            x.detach(),
+            vectorize=True,
+        )
+        for f in (in_chunks, composed)
+    ]
+    torch.testing.assert_close(*jacobians)
+
+
+def test_many_chunks_of_bfloat16_keep_their_digits():
+    x = (torch.randn(1024, 8) + 1).bfloat16()
+    w = torch.randn(5, 8).bfloat16().requires_grad_()
+    target = torch.randint(0, 5, (1024,))
+    options = SimpleNamespace(batch_chunk_size=4)
+    assert_parity(in_chunks, composed, x, w, None, target, options=options)
+
+
 def test_forward_mode():
     x, w, b, target = (t.detach() for t in inputs())
     tangent = torch.ones_like(x)
@@ -288,6 +332,11 @@ def test_wrong_options(change, error, message):
 
 def test_wrong_shapes():
     x, w, b, target = inputs(torch.float32)
+    for rows in (0, -1):
+        with pytest.raises(ValueError, match=f"`batch_chunk_size` of 1 or more, got {rows}"):
+            in_chunks(x, w, b, target, options=SimpleNamespace(batch_chunk_size=rows))
+    with pytest.raises(RuntimeError, match=r"expected `linear_bias` of shape \(11,\)"):
+        in_chunks(x, w, b[:1], target, options=FIVE)
     with pytest.raises(RuntimeError, match=r"expected `input` of shape \(N, 7\)"):
         in_chunks(x[:, :3], w, b, target, options=FIVE)
     with pytest.raises(ValueError, match="linear_cross_entropy: expected `target` of shape"):

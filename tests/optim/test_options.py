@@ -341,7 +341,6 @@ def test_options_leave_no_trace_where_they_are_off(name):
         ({"max_norm": float("nan")}, "expected `max_norm` >= 0, got nan"),
         ({"ema_decay": 1.0}, r"expected `ema_decay` in \[0, 1\), got 1.0"),
         ({"ema_decay": -0.1}, r"expected `ema_decay` in \[0, 1\), got -0.1"),
-        ({"ema_bias_correction": True}, "`ema_bias_correction` needs `ema_decay`"),
         ({"state_dtype": torch.float64}, "expected `state_dtype` to be None or torch.float32"),
     ],
 )
@@ -354,6 +353,41 @@ def test_wrong_options(name, options, message):
     with pytest.raises(ValueError, match=f"{name}: {message}"):
         optimizer.add_param_group({"params": make_params(), **options})
     assert len(optimizer.param_groups) == 1
+
+
+def test_bias_correction_needs_an_average():
+    with pytest.raises(ValueError, match="Adam: `ema_bias_correction` needs `ema_decay`"):
+        torchref.optim.Adam(make_params(), ema_bias_correction=True)
+    # as a group's own options, beside the optimizer's, in either place
+    groups = [{"params": make_params(), "ema_bias_correction": True}]
+    torchref.optim.Adam(groups, ema_decay=0.9).add_param_group(
+        {"params": make_params(), "ema_decay": None}
+    )
+
+
+def test_hooks_of_state_dicts_see_and_change_everything():
+    params, optimizer = train(ours("Adam"), {"ema_decay": 0.9}, steps=2)
+    saved = optimizer.state_dict()
+    optimizer.register_load_state_dict_pre_hook(lambda _, wrapped: wrapped["inside"])
+
+    def sevens(optimizer):
+        for state in optimizer.state.values():
+            state["ema"] = torch.full_like(state["ema"], 7.0)
+
+    optimizer.register_load_state_dict_post_hook(sevens)
+    optimizer.load_state_dict({"inside": saved})
+    assert (optimizer.state[params[3]]["ema"] == 7).all()
+    optimizer.register_state_dict_post_hook(lambda _, state_dict: {"inside": state_dict})
+    assert set(optimizer.state_dict()) == {"inside"}
+    assert len(optimizer._optimizer_load_state_dict_post_hooks) == 1  # ours leave no trace
+
+
+def test_a_state_that_is_none_is_loaded():
+    """Torch wrote them for SGD without momentum."""
+    optimizer = torchref.optim.SGD(make_params(), state_dtype=torch.float32)
+    saved = optimizer.state_dict()
+    saved["state"] = {0: {"momentum_buffer": None}}
+    optimizer.load_state_dict(saved)
 
 
 def _unscaled_norm_forgotten(self, launch, left, grad_scale):

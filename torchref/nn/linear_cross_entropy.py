@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor  # pyright: ignore[reportMissingImports]
 
 from torchref.autograd import Function, autocast, opmath, rounded
 from torchref.dispatch import accelerated, differentiates_forward
@@ -162,7 +163,11 @@ def linear_cross_entropy(
     index = -100 if ignore_index is None else ignore_index
     plain = input.ndim == 2 and linear_weight.ndim == 2 and target.ndim == 1
     if plain and not (torch._C._are_functorch_transforms_active() or differentiates_forward()):
-        rows = getattr(options, "batch_chunk_size", None) or _rows_within(BUDGET, linear_weight)
+        rows = getattr(options, "batch_chunk_size", None)
+        if rows is None:
+            rows = _rows_within(BUDGET, linear_weight)
+        elif rows < 1:
+            raise ValueError(f"{name}: expected `batch_chunk_size` of 1 or more, got {rows}")
         if input.shape[0] > rows:
             rest = (weight, checked_reduction(name, None, None, reduction), index, label_smoothing)
             return _in_chunks(name, input, linear_weight, linear_bias, target, *rest, rows)
@@ -214,6 +219,10 @@ def _in_chunks(
             f"{name}: expected `input` of shape (N, {w.shape[1]}) for `linear_weight` of shape "
             f"{tuple(w.shape)}, got {tuple(x.shape)}"
         )
+    if b is not None and b.shape != w.shape[:1]:
+        raise RuntimeError(
+            f"{name}: expected `linear_bias` of shape ({w.shape[0]},), got {tuple(b.shape)}"
+        )
     x, w, b = autocast("linear", x, w, b)
     one, weight = autocast("cross_entropy", x.new_empty(()), weight)
     target = _checked_indices(name, one.expand(len(x), len(w)), target, weight, ignore_index)
@@ -244,7 +253,7 @@ class LinearCrossEntropyFunction(Function):
         *wants: bool,
     ) -> tuple[Tensor, ...]:
         """The loss, the gradients that are wanted, or empty tensors, and the mean's divisor."""
-        grads = _Gradients(x, w, b, wants)
+        grads = _Gradients(x, w, b, wants, rows)
         loss = torch.zeros((), dtype=opmath(x).dtype, device=x.device)
         for part, scores, t in _chunks(x, w, b, target, rows):
             losses = losses_fwd(scores, t, weight, ignore_index, smoothing, any(wants))
@@ -270,7 +279,7 @@ class LinearCrossEntropyFunction(Function):
             return (None,) * 12
         x, w, b, target, weight, dx, dw, db, total = ctx.saved_tensors
         wants = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():  # what was saved has no graph
+        if _needs_operations(dy):  # what was saved has no graph
             return *_composed_bwd(dy, (x, w, b), target, weight, ctx.options, wants), *(None,) * 9
         scale = opmath(dy) / total
         pairs = zip((dx, dw, db), (x, w, b), wants, strict=True)
@@ -307,14 +316,16 @@ class RowLossesFunction(Function):
     def backward(ctx, dy):
         x, w, b, target, weight = ctx.saved_tensors
         wants = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():
+        if _needs_operations(dy):
             return *_composed_bwd(dy, (x, w, b), target, weight, ctx.options, wants), *(None,) * 6
         _, ignore_index, smoothing, rows = ctx.options
-        grads = _Gradients(x, w, b, wants)
-        for i, (part, scores, t) in enumerate(_chunks(x, w, b, target, rows)):
-            losses_fwd(scores, t, weight, ignore_index, smoothing, True)
-            scores.mul_(dy[i * rows : (i + 1) * rows, None].to(scores.dtype))
-            grads.take(part, scores)
+        grads = _Gradients(x, w, b, wants, rows)
+        with torch.autocast(x.device.type, enabled=False):  # which here may be another's
+            for i, (part, scores, t) in enumerate(_chunks(x, w, b, target, rows)):
+                losses_fwd(scores, t, weight, ignore_index, smoothing, True)
+                # in float32: a loss scale may pass float16's largest number
+                scores.copy_(opmath(scores) * opmath(dy[i * rows : (i + 1) * rows, None]))
+                grads.take(part, scores)
         pairs = zip(grads.tensors(), (x, w, b), wants, strict=True)
         return *(rounded(d, like) if want else None for d, like, want in pairs), *(None,) * 6
 
@@ -322,11 +333,13 @@ class RowLossesFunction(Function):
 class _Gradients:
     """The gradients of a linear layer, from those of its scores, chunk by chunk."""
 
-    def __init__(self, x: Tensor, w: Tensor, b: Tensor | None, wants: tuple[bool, ...]) -> None:
+    def __init__(
+        self, x: Tensor, w: Tensor, b: Tensor | None, wants: tuple[bool, ...], rows: int
+    ) -> None:
         self.w = w
         self.wants = wants
-        # Of half types only float16 needs wider sums: they may pass its largest number.
-        wide = torch.float32 if w.dtype == torch.float16 else w.dtype
+        # Sums may pass float16's largest number, and lose bfloat16's digits over many chunks.
+        wide = opmath(w).dtype if w.dtype == torch.float16 or len(x) > 8 * rows else w.dtype
         self.dx: list[Tensor] = []
         self.dw = torch.zeros_like(w, dtype=wide) if wants[1] else w.new_empty(0)
         self.db = w.new_empty(0)
@@ -409,6 +422,13 @@ def _scaled(d: Tensor, scale: Tensor, like: Tensor) -> Tensor:
     return y
 
 
+def _needs_operations(dy: Tensor) -> bool:
+    """Whether torch must see a backward pass: to differentiate it again, or of many at once."""
+    if torch.compiler.is_compiling():  # Dynamo cannot trace the look at the tensor
+        return torch.is_grad_enabled()
+    return torch.is_grad_enabled() or is_legacy_batchedtensor(dy)
+
+
 def _composed_bwd(
     dy: Tensor,
     inputs: tuple[Tensor, Tensor, Tensor | None],
@@ -419,14 +439,16 @@ def _composed_bwd(
 ) -> tuple[Tensor | None, ...]:
     """The gradients as autograd makes them of the whole scores, to be differentiated again."""
     reduction, ignore_index, smoothing, _ = options
-    loss = cross_entropy(
-        linear(*inputs),
-        target,
-        weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=smoothing or 0.0,
-    )
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        loss = cross_entropy(
+            linear(*inputs),
+            target,
+            weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=smoothing or 0.0,
+        )
     wanted = [x for x, want in zip(inputs, wants, strict=True) if want and x is not None]
-    grads = iter(torch.autograd.grad(loss, wanted, rounded(dy, loss), create_graph=True))
+    grads = iter(torch.autograd.grad(loss, wanted, rounded(dy, loss), create_graph=create_graph))
     return tuple(next(grads) if want else None for want in wants)

@@ -62,6 +62,9 @@ class Optimizer(torch.optim.Optimizer):
             "state_dtype": state_dtype,
         }
         self._check_options(options)
+        if ema_bias_correction and ema_decay is None:
+            name = type(self).__name__
+            raise ValueError(f"{name}: `ema_bias_correction` needs `ema_decay`, which is None")
         for key, value in options.items():
             if value is not None:
                 self.defaults[key] = value
@@ -80,8 +83,6 @@ class Optimizer(torch.optim.Optimizer):
             raise ValueError(f"{name}: expected `max_norm` >= 0, got {max_norm}")
         if ema_decay is not None and not 0 <= ema_decay < 1:
             raise ValueError(f"{name}: expected `ema_decay` in [0, 1), got {ema_decay}")
-        if options.get("ema_bias_correction") and ema_decay is None:
-            raise ValueError(f"{name}: `ema_bias_correction` needs `ema_decay`, which is None")
         state_dtype = options.get("state_dtype")
         if state_dtype not in (None, torch.float32):
             raise ValueError(
@@ -233,29 +234,39 @@ class Optimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Torch's, with the counts of steps where torch has them."""
-        state_dict = super().state_dict()
-        states = state_dict["state"]
-        moved: dict[torch.device, list[Any]] = {}
-        for group in state_dict["param_groups"]:
-            for key in group["params"]:
-                step = states.get(key, {}).get("step")
-                if isinstance(step, Tensor) and not (group.get("capturable") or group.get("fused")):
-                    moved.setdefault(step.device, []).append(key)
-        for device, keys in moved.items():
-            if device.type != "cpu":  # the kernel has moved them; one copy for all of a device
-                counts = torch.stack([states[key]["step"] for key in keys]).cpu()
-                for key, count in zip(keys, counts, strict=True):
-                    states[key] = {**states[key], "step": count.clone()}
-        return state_dict
+        hook = self.register_state_dict_post_hook(_counts_on_host, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Torch's, but averages and float32 states do not become of a half-precision type."""
-        super().load_state_dict(state_dict)
+        seen: list[dict[str, Any]] = []  # what torch loads, after everybody's hooks
+
+        def look(_: Any, state_dict: dict[str, Any]) -> None:
+            seen.append(state_dict)
+
+        def restore(_: Any) -> None:
+            self._restore_all(seen[0])
+
+        hooks = [
+            self.register_load_state_dict_pre_hook(look),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _restore_all(self, state_dict: dict[str, Any]) -> None:
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for p, key in zip(group["params"], saved["params"], strict=True):
                 states = state_dict["state"].get(key, {})
                 for name in self._state_keys & states.keys():
-                    self._restore(p, name, states[name], group)
+                    if isinstance(states[name], Tensor):
+                        self._restore(p, name, states[name], group)
 
     def _restore(self, p: Tensor, name: str, saved: Any, group: dict[str, Any]) -> None:
         """Take from a saved state what torch has cast to the parameter's type."""
@@ -276,3 +287,19 @@ def _clip(norm: Tensor | None, group: dict[str, Any]) -> Tensor | None:
     """The factor on a group's gradients, None where it does not clip."""
     max_norm = group.get("max_norm")
     return None if norm is None or max_norm is None else clip_factor(norm, max_norm)
+
+
+def _counts_on_host(_: Any, state_dict: dict[str, Any]) -> None:
+    """Bring counts that the kernel has moved back, with one copy for all of a device."""
+    states = state_dict["state"]
+    moved: dict[torch.device, list[Any]] = {}
+    for group in state_dict["param_groups"]:
+        for key in group["params"]:
+            step = states.get(key, {}).get("step")
+            if isinstance(step, Tensor) and not (group.get("capturable") or group.get("fused")):
+                moved.setdefault(step.device, []).append(key)
+    for device, keys in moved.items():
+        if device.type != "cpu":
+            counts = torch.stack([states[key]["step"] for key in keys]).cpu()
+            for key, count in zip(keys, counts, strict=True):
+                states[key] = {**states[key], "step": count.clone()}

@@ -145,7 +145,7 @@ class SGD(Optimizer, torch.optim.SGD):
         rows = []
         for param, grad, buffer in zip(params, grads, buffers, strict=True):
             starts = buffer is None
-            if buffer is None:  # zeros, so that an overflow in the first step leaves no trace
+            if buffer is None:  # zeros: after an overflow in the first step, the next is dampened
                 buffer = self.state[param]["momentum_buffer"] = torch.zeros_like(grad.detach())
             rows.append(Row(param, grad, (buffer,), starts=starts))
         return rows

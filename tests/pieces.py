@@ -68,6 +68,25 @@ def _eval(f: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor, **k
     return f(x, mean, var, weight, bias, **kwargs)
 
 
+def _act_train(f: Callable[..., Tensor], x: Tensor, r: Tensor, w: Tensor, b: Tensor):
+    return f(x, None, None, w, b, training=True, activation="silu", residual=r)
+
+
+def _act_eval(f: Callable[..., Tensor], x: Tensor, r: Tensor, w: Tensor, b: Tensor):
+    mean, var = torch.full_like(w, 0.5), torch.full_like(w, 2.0)
+    return f(x, mean, var, w, b, activation="relu", residual=r)
+
+
+def _batch_norm_act(*args: Any, activation: str, residual: Tensor, **kwargs: Any) -> Tensor:
+    """In torch's pieces."""
+    return getattr(theirs, activation)(theirs.batch_norm(*args, **kwargs) + residual)
+
+
+def _residual(dtype: torch.dtype) -> tuple[Tensor, ...]:
+    x, w, b = _normalized(dtype)
+    return x, x.detach().flip(0).requires_grad_(), w, b
+
+
 def _both(name: str, inputs, wrap=None, label: str | None = None, autocast=True, **kwargs: Any):
     """The same call of ours and of theirs."""
     pair = [getattr(library, name) for library in (ours, theirs)]
@@ -98,6 +117,18 @@ PIECES = [
     _both("binary_cross_entropy_with_logits", _two, reduction="sum"),
     _both("batch_norm", _normalized, _train, label="batch_norm_train"),
     _both("batch_norm", _normalized, _eval, label="batch_norm_eval"),
+    Piece(
+        "batch_norm_act_train",
+        partial(_act_train, ours.batch_norm_act),
+        partial(_act_train, _batch_norm_act),
+        _residual,
+    ),
+    Piece(
+        "batch_norm_act_eval",
+        partial(_act_eval, ours.batch_norm_act),
+        partial(_act_eval, _batch_norm_act),
+        _residual,
+    ),
     _both("dropout", scores(3, 7), p=0.4),
 ]
 NAMES = [piece.name for piece in PIECES]

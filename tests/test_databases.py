@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 from databases import module_db, op_db
+from test_signatures import FUSED, FUSED_MODULES
 
 import torchref
 from torchref.testing import assert_parity
@@ -48,9 +49,9 @@ if hasattr(torch.nn.functional, "linear_cross_entropy"):  # since 2.13
 def test_every_piece_is_in_the_databases():
     missing = set(vars(torchref.nn)) - set(MODULES)
     missing = {n for n in missing if isinstance(getattr(torchref.nn, n), type)}
-    assert missing - {"LinearCrossEntropyLoss"} == {"Dropout"}
+    assert missing - FUSED_MODULES == {"Dropout"}
     functions = {n for n in vars(torchref.nn.functional) if n[0] != "_"}
-    assert functions - set(OPS) <= {"linear_cross_entropy"}  # before torch had it
+    assert functions - set(OPS) <= FUSED
 
 
 @pytest.mark.parametrize("training", [True, False])

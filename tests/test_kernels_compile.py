@@ -320,7 +320,7 @@ def batch_norms() -> Iterator[Case]:
         yield from _batch_norm_options(path, x, c)
 
 
-ALL = (True, True, True)
+ALL = (True, True, True, False)
 
 
 def _batch_norm(path: str, x: Tensor, c: Tensor) -> Iterator[Case]:
@@ -333,16 +333,20 @@ def _batch_norm_options(path: str, x: Tensor, c: Tensor) -> Iterator[Case]:
     # no affine, nothing kept
     args = (x, None, None, None, None, 0.1, 1e-5, False)
     yield Case(batch_norm.batch_norm_fwd, f"{path} bare", args)
-    yield Case(batch_norm.batch_norm_bwd, f"{path} bare", (x, x, None, c, c, (True, False, False)))
+    yield Case(
+        batch_norm.batch_norm_bwd, f"{path} bare", (x, x, None, c, c, (True, False, False, False))
+    )
     # parameters in half precision, a cumulative average
     args = (x, half, half, c, c, momentum, 1e-5, True)
     yield Case(batch_norm.batch_norm_fwd, f"{path} half", args)
     yield Case(batch_norm.batch_norm_bwd, f"{path} half", (x, x, half, c, c, ALL))
-    yield Case(batch_norm.batch_norm_bwd, f"{path} dbias", (x, x, c, c, c, (False, False, True)))
+    yield Case(
+        batch_norm.batch_norm_bwd, f"{path} dbias", (x, x, c, c, c, (False, False, True, False))
+    )
     yield Case(batch_norm.batch_norm_eval_fwd, path, (x, c, c, c, c, 1e-5))
     yield Case(batch_norm.batch_norm_eval_fwd, f"{path} bare", (x, None, None, c, c, 1e-5))
     yield Case(batch_norm.batch_norm_eval_bwd, path, (x, x, c, c, c, 1e-5, ALL))
-    wanted = (True, False, True)
+    wanted = (True, False, True, False)
     args = (x, x, None, c, c, 1e-5, wanted)
     yield Case(batch_norm.batch_norm_eval_bwd, f"{path} bare", args)
 

@@ -79,7 +79,7 @@ def test_grids_are_legal_for_any_size():
         cross_entropy.nll_loss_fwd(wide, meta(3, dtype=long), None, "none", -100)
         for x in (meta(2**20, 3, 2**16), meta(2**31, 64), meta(1, 1, 2**40), meta(2, 2**20, 7)):
             _, mean, rstd = batch_norm.batch_norm_fwd(x, None, None, None, None, 0.1, 1e-5, True)
-            batch_norm.batch_norm_bwd(x, x, None, mean, rstd, (True, False, False))
+            batch_norm.batch_norm_bwd(x, x, None, mean, rstd, (True, False, False, False))
         gradients = Tables([2**35 + 1], torch.device("meta"), [torch.bfloat16])
         gradients.load([[0]])
         multi_tensor.clip_grads(gradients, multi_tensor.grad_norm(gradients, None), 1.0)

@@ -318,7 +318,8 @@ _SCHEMA_TYPES = {
     int: "int",
     bool: "bool",
     str: "str",
-    tuple[bool, bool, bool]: "bool[]",
+    str | None: "str?",
+    tuple[bool, bool, bool, bool]: "bool[]",
     tuple[int, ...]: "SymInt[]",
 }
 

@@ -6,6 +6,8 @@ Each program maps BLOCK neighbours in memory, whatever the shape and the order o
 An activation is a function of x and one of (dy, saved), with two scalars a and b for its arguments.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -250,6 +252,48 @@ def softplus_fwd(x: Tensor, beta: float, threshold: float) -> Tensor:
 
 def softplus_bwd(dy: Tensor, x: Tensor, beta: float, threshold: float) -> Tensor:
     return _backward(_softplus_grad, dy, x, beta, threshold)
+
+
+@triton.jit
+def _sigmoid_grad_from_input(dy, x, a, b):
+    return _sigmoid_grad(dy, _sigmoid(x, a, b), a, b)
+
+
+@triton.jit
+def _tanh_grad_from_input(dy, x, a, b):
+    return _tanh_grad(dy, _tanh(x, a, b), a, b)
+
+
+SELU = (1.6732632423543772848170429916717, 1.0507009873554804934193349852946)
+# For fused pieces: the value, the gradient from dy and x, and what fills a and b, None being the
+# activation's own argument.
+FUSED = {
+    "relu": (_relu, _relu_grad, 0.0, 0.0),
+    "leaky_relu": (_leaky_relu, _leaky_relu_grad, None, 0.0),
+    "sigmoid": (_sigmoid, _sigmoid_grad_from_input, 0.0, 0.0),
+    "tanh": (_tanh, _tanh_grad_from_input, 0.0, 0.0),
+    "elu": (_elu, _elu_grad, None, 1.0),
+    "selu": (_elu, _elu_grad, *SELU),
+    "gelu": (_gelu, _gelu_grad, 0.0, 0.0),
+    "gelu_tanh": (_gelu_tanh, _gelu_tanh_grad, 0.0, 0.0),
+    "silu": (_silu, _silu_grad, 0.0, 0.0),
+}
+
+
+class Fused(NamedTuple):
+    """An activation as the kernel of a fused piece takes it."""
+
+    value: Any
+    gradient: Any
+    a: float
+    b: float
+
+
+def fused(activation: str | None, param: float) -> Fused:
+    if activation is None:
+        return Fused(None, None, 0.0, 0.0)
+    value, gradient, a, b = FUSED[activation]
+    return Fused(value, gradient, param if a is None else a, b)
 
 
 def _forward(math, x: Tensor, a: float = 0.0, b: float = 0.0, inplace: bool = False) -> Tensor:

@@ -11,12 +11,16 @@ writes one partial result for each column; a second kernel merges a channel's in
 always the same, so results repeat bit by bit. Where there is one partial the first kernel finishes.
 The programs of the pointwise kernels map one tile each, last tile first: that one is still in L2.
 
-Moves 3 elements forward (x twice, y) and 5 backward (x and dy twice, dx), evaluation 2 and 2.
+Moves 3 elements forward (x twice, y) and 5 backward (x and dy twice, dx), evaluation 2 and 2. A
+residual and an activation join the pointwise pass: the residual is 1 element more forward and 2
+more backward, where the reduction reads what was kept (the residual, or the output of a ReLU) and
+writes the residual's gradient, which is then all that the second pass needs of the upstream one.
+Without a residual the activation moves nothing: what it saw is computed from x again.
 Computes in float32. Offsets have 64 bits; only the rows of the first kind and the columns of the
 second must be fewer than 2**31, as they are in any memory of today.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,6 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ._launch import cdiv, launch, multiprocessors, power_of_2, vector_step
 from ._layout import laid_out_as, packed, written
+from .activation import fused
 
 # Elements of a reduction's step: two or more loads of 128 bits a thread, of x or x and dy, within
 # 64 registers, so that a multiprocessor holds 8 programs of 4 warps.
@@ -186,6 +191,9 @@ def _move(running_ptr, channel, known, batch, momentum, momentum_ptr):
 def _batch_norm_apply_kernel(
     x_ptr,
     y_ptr,
+    residual_ptr,
+    a,
+    b,
     weight_ptr,
     bias_ptr,
     mean_ptr,
@@ -195,6 +203,7 @@ def _batch_norm_apply_kernel(
     channels,
     inner,
     steps,
+    MATH: tl.constexpr,
     COLUMNS: tl.constexpr,
     EVAL: tl.constexpr,
     STEP: tl.constexpr,
@@ -204,15 +213,59 @@ def _batch_norm_apply_kernel(
     at, inside, channel, known = _mapped_tile(
         rows, channels, inner, steps, COLUMNS, STEP, ROWS, COLS
     )
+    mean, scale, shift = _coefficients(
+        mean_ptr, spread_ptr, weight_ptr, bias_ptr, channel, known, eps, EVAL
+    )
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    y = _affine(x, mean, scale, shift, residual_ptr, at, inside)
+    if MATH is not None:
+        y = MATH(y, a, b)
+    tl.store(y_ptr + at, y, mask=inside)
+
+
+@triton.jit
+def _coefficients(mean_ptr, spread_ptr, weight_ptr, bias_ptr, channel, known, eps, EVAL):
+    """Mean, scale and shift of each channel."""
     mean = _load(mean_ptr, channel, known)
     scale = _rstd(spread_ptr, channel, known, eps, EVAL)
+    shift = tl.zeros_like(mean)
     if weight_ptr is not None:
         scale *= _load(weight_ptr, channel, known)
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    y = (x - mean) * scale  # not folded to x * scale + shift: that cancels at a large mean
     if bias_ptr is not None:
-        y += _load(bias_ptr, channel, known)
-    tl.store(y_ptr + at, y, mask=inside)
+        shift = _load(bias_ptr, channel, known)
+    return mean, scale, shift
+
+
+@triton.jit
+def _affine(x, mean, scale, shift, residual_ptr, at, inside):
+    # not folded to x * scale + shift: that cancels at a large mean
+    u = (x - mean) * scale + shift
+    if residual_ptr is not None:
+        u += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    return u
+
+
+@triton.jit
+def _before_activation(
+    dy,
+    x,
+    mean,
+    scale,
+    shift,
+    kept_ptr,
+    at,
+    inside,
+    a,
+    b,
+    MATH: tl.constexpr,
+    FROM_OUTPUT: tl.constexpr,
+):
+    """The gradient of what the activation saw, which is computed again or, of a ReLU, kept."""
+    if FROM_OUTPUT:
+        u = tl.load(kept_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    else:
+        u = _affine(x, mean, scale, shift, kept_ptr, at, inside)
+    return MATH(dy, u, a, b)
 
 
 @triton.jit
@@ -225,7 +278,13 @@ def _batch_norm_sums_kernel(
     dweight_ptr,
     mean_ptr,
     spread_ptr,
+    weight_ptr,
+    bias_ptr,
     eps,
+    kept_ptr,
+    dresidual_ptr,
+    a,
+    b,
     outer,
     channels,
     inner,
@@ -233,6 +292,8 @@ def _batch_norm_sums_kernel(
     groups,
     parts,
     tiles,
+    MATH: tl.constexpr,
+    FROM_OUTPUT: tl.constexpr,
     COLUMNS: tl.constexpr,
     EVAL: tl.constexpr,
     FINAL: tl.constexpr,
@@ -245,22 +306,36 @@ def _batch_norm_sums_kernel(
     column, columns = _reduced_columns(group, groups, width, COLUMNS, COLS)
     known = column < columns
     channel = column // inner if COLUMNS else column
-    mean = _load(mean_ptr, channel, known)[None, :]
+    if MATH is not None:
+        mean, scale, shift = _coefficients(
+            mean_ptr, spread_ptr, weight_ptr, bias_ptr, channel, known, eps, EVAL
+        )
+        mean, scale, shift = mean[None, :], scale[None, :], shift[None, :]
+    else:
+        mean = _load(mean_ptr, channel, known)[None, :]
     dbias = tl.zeros([ROWS, COLS], tl.float32)
     dscale = dbias
     for tile in range(part, tiles, parts):
         at, inside, _ = _reduced_tile(tile, group, outer, channels, width, COLUMNS, ROWS, COLS)
         dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        dbias += dy
+        x = dy  # where there is none nothing reads it
         if x_ptr is not None:
             x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if MATH is not None:
+            dy = _before_activation(
+                dy, x, mean, scale, shift, kept_ptr, at, inside, a, b, MATH, FROM_OUTPUT
+            )
+        if dresidual_ptr is not None:
+            tl.store(dresidual_ptr + at, dy, mask=inside)
+        dbias += dy
+        if dscale_ptr is not None:
             dscale += dy * (x - mean)  # 1 / deviation waits for the sum
     if FINAL:
         tl.store(dbias_ptr + channel, _total(dbias, COLUMNS), mask=known)
     else:
         partial_ptr += column * parts + part
         tl.store(partial_ptr, _total(dbias, COLUMNS), mask=known)
-    if x_ptr is not None:
+    if dscale_ptr is not None:
         ds = _total(dscale, COLUMNS) * _rstd(spread_ptr, channel, known, eps, EVAL)
         if FINAL:
             _store_dscale(ds, channel, known, dscale_ptr, dweight_ptr)
@@ -296,10 +371,15 @@ def _batch_norm_dx_kernel(
     dy_ptr,
     x_ptr,
     dx_ptr,
-    weight_ptr,
     mean_ptr,
     spread_ptr,
+    weight_ptr,
+    bias_ptr,
     eps,
+    kept_ptr,
+    dresidual_ptr,
+    a,
+    b,
     dbias_ptr,
     dscale_ptr,
     share,
@@ -307,6 +387,8 @@ def _batch_norm_dx_kernel(
     channels,
     inner,
     steps,
+    MATH: tl.constexpr,
+    FROM_OUTPUT: tl.constexpr,
     COLUMNS: tl.constexpr,
     EVAL: tl.constexpr,
     STEP: tl.constexpr,
@@ -317,15 +399,23 @@ def _batch_norm_dx_kernel(
         rows, channels, inner, steps, COLUMNS, STEP, ROWS, COLS
     )
     dx = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    rstd = _rstd(spread_ptr, channel, known, eps, EVAL)
-    if not EVAL:  # the statistics depend on x too
+    mean, scale, shift = _coefficients(
+        mean_ptr, spread_ptr, weight_ptr, bias_ptr, channel, known, eps, EVAL
+    )
+    x = dx  # where there is none nothing reads it
+    if x_ptr is not None:
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        mean = _load(mean_ptr, channel, known)
+    if MATH is not None:
+        dx = _before_activation(
+            dx, x, mean, scale, shift, kept_ptr, at, inside, a, b, MATH, FROM_OUTPUT
+        )
+    if dresidual_ptr is not None:
+        tl.store(dresidual_ptr + at, dx, mask=inside)
+    if not EVAL:  # the statistics depend on x too
+        rstd = _rstd(spread_ptr, channel, known, eps, EVAL)
         dx -= _load(dbias_ptr, channel, known) * share
         dx -= (x - mean) * (_load(dscale_ptr, channel, known) * share * rstd)
-    if weight_ptr is not None:
-        rstd *= _load(weight_ptr, channel, known)
-    tl.store(dx_ptr + at, dx * rstd, mask=inside)
+    tl.store(dx_ptr + at, dx * scale, mask=inside)
 
 
 @triton.jit
@@ -421,6 +511,9 @@ def batch_norm_fwd(
     momentum: float | Tensor,
     eps: float,
     unbiased: bool,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    param: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = packed(x)
     mean, rstd = _per_channel(x), _per_channel(x)
@@ -449,7 +542,8 @@ def batch_norm_fwd(
     for running, new in zip((running_mean, running_var), moved, strict=True):
         if running is not None and new is not None:
             written(running, new)
-    return _apply(x, weight, bias, mean, rstd, eps, False), mean, rstd
+    then = (residual, activation, param)
+    return _apply(x, weight, bias, mean, rstd, eps, False, *then), mean, rstd
 
 
 def batch_norm_eval_fwd(
@@ -459,9 +553,13 @@ def batch_norm_eval_fwd(
     running_mean: Tensor,
     running_var: Tensor,
     eps: float,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    param: float = 0.0,
 ) -> Tensor:
     statistics = _contiguous(running_mean), _contiguous(running_var)
-    return _apply(packed(x), weight, bias, *statistics, eps, True)
+    then = (residual, activation, param)
+    return _apply(packed(x), weight, bias, *statistics, eps, True, *then)
 
 
 def batch_norm_bwd(
@@ -470,9 +568,14 @@ def batch_norm_bwd(
     weight: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
-    wanted: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    return _backward(dy, x, weight, mean, rstd, 0.0, False, wanted)
+    wanted: tuple[bool, bool, bool, bool],
+    bias: Tensor | None = None,
+    kept: Tensor | None = None,
+    activation: str | None = None,
+    param: float = 0.0,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    then = (bias, kept, activation, param)
+    return _backward(dy, x, weight, mean, rstd, 0.0, False, wanted, *then)
 
 
 def batch_norm_eval_bwd(
@@ -482,9 +585,14 @@ def batch_norm_eval_bwd(
     running_mean: Tensor,
     running_var: Tensor,
     eps: float,
-    wanted: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    return _backward(dy, x, weight, running_mean, running_var, eps, True, wanted)
+    wanted: tuple[bool, bool, bool, bool],
+    bias: Tensor | None = None,
+    kept: Tensor | None = None,
+    activation: str | None = None,
+    param: float = 0.0,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    then = (bias, kept, activation, param)
+    return _backward(dy, x, weight, running_mean, running_var, eps, True, wanted, *then)
 
 
 def _apply(
@@ -495,10 +603,16 @@ def _apply(
     spread: Tensor,
     eps: float,
     evaluates: bool,
+    residual: Tensor | None,
+    activation: str | None,
+    param: float,
 ) -> Tensor:
     y = torch.empty_like(x)
+    math, _, a, b = fused(activation, param)
+    residual = None if residual is None else laid_out_as(residual, x)
     parameters = _contiguous(weight), _contiguous(bias), mean, spread, eps
-    _map(_batch_norm_apply_kernel, x, (x, y, *parameters), evaluates)
+    args = (x, y, residual, a, b, *parameters)
+    _map(_batch_norm_apply_kernel, x, args, evaluates, MATH=math)
     return y
 
 
@@ -510,48 +624,90 @@ def _backward(
     spread: Tensor,
     eps: float,
     evaluates: bool,
-    wanted: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    wanted: tuple[bool, bool, bool, bool],
+    bias: Tensor | None,
+    kept: Tensor | None,
+    activation: str | None,
+    param: float,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     x = packed(x)
     dy = laid_out_as(dy, x)
-    statistics = _contiguous(mean), _contiguous(spread), eps
+    then = _then(x, kept, activation, param)
+    channels = (*map(_contiguous, (mean, spread, weight, bias)), eps)
     wants_dx, wants_dweight, wants_dbias = wanted[0], wanted[1] and weight is not None, wanted[2]
     sums_for_dx = wants_dx and not evaluates
+    sums = sums_for_dx or wants_dweight or wants_dbias or not wants_dx
+    # The first pass over dy writes the residual's gradient, which is dy to the second.
+    passes_on = kept is not None and sums and wants_dx
+    dresidual = torch.empty_like(x) if wanted[3] or passes_on else None
     dx = dweight = dbias = dscale = None
-    if sums_for_dx or wants_dweight or wants_dbias:
+    if sums:
         if sums_for_dx or wants_dweight:
             dscale = _per_channel(x)
         if weight is not None and wanted[1]:
             dweight = _per_channel(x, weight.dtype) if weight.dtype != torch.float32 else dscale
         dbias = _per_channel(x)
-        _sum(dy, x, dbias, dscale, None if dweight is dscale else dweight, statistics, evaluates)
+        results = (dbias, dscale, None if dweight is dscale else dweight)
+        _sum(dy, x, results, channels, then, dresidual, evaluates)
     if wants_dx:
         dx = torch.empty_like(x)
+        written_here = dresidual
+        if passes_on and dresidual is not None:
+            dy, then, written_here = dresidual, _Then(None, None, 0.0, 0.0), None
         share = x.shape[1] / x.numel()
-        args = (dy, None if evaluates else x, dx, _contiguous(weight), *statistics)
-        _map(_batch_norm_dx_kernel, x, (*args, dbias, dscale, share), evaluates)
-    return dx, dweight, dbias if wants_dbias else None
+        source = x if not evaluates or then.reads_x else None
+        args = (dy, source, dx, *channels, *then.arguments(written_here), dbias, dscale, share)
+        _map(_batch_norm_dx_kernel, x, args, evaluates, **then.constexprs)
+    dresidual = dresidual if wanted[3] else None
+    return dx, dweight, dbias if wants_dbias else None, dresidual
+
+
+class _Then(NamedTuple):
+    """What follows the normalization, as backward kernels take it."""
+
+    kept: Tensor | None
+    math: Any
+    a: float
+    b: float
+    from_output: bool = False
+
+    @property
+    def reads_x(self) -> bool:
+        return self.math is not None and not self.from_output
+
+    @property
+    def constexprs(self) -> dict[str, Any]:
+        return {"MATH": self.math, "FROM_OUTPUT": self.from_output}
+
+    def arguments(self, dresidual: Tensor | None) -> tuple[Any, ...]:
+        return self.kept, dresidual, self.a, self.b
+
+
+def _then(x: Tensor, kept: Tensor | None, activation: str | None, param: float) -> _Then:
+    kept = None if kept is None else laid_out_as(kept, x)
+    _, gradient, a, b = fused(activation, param)
+    return _Then(kept, gradient, a, b, activation == "relu" and kept is not None)
 
 
 def _sum(
     dy: Tensor,
     x: Tensor,
-    dbias: Tensor,
-    dscale: Tensor | None,
-    dweight: Tensor | None,
-    statistics: tuple[Tensor, Tensor, float],
+    results: tuple[Tensor | None, ...],
+    channels: tuple[Any, ...],
+    then: _Then,
+    dresidual: Tensor | None,
     evaluates: bool,
 ) -> None:
     """Write the sums of dy, and of dy times normalized x where ``dscale`` is given."""
     plan = _reduction(x, SUMS_TILE)
     partial = plan.partial_results(2, x)
-    results = (dbias, dscale, dweight)
     sizes = (plan.outer, plan.channels, plan.inner, plan.steps)
     launch(
         _batch_norm_sums_kernel,
         plan.groups * plan.parts,
-        *(dy, None if dscale is None else x, partial, *results, *statistics, *sizes),
-        *(plan.groups, plan.parts, plan.tiles),
+        *(dy, x if results[1] is not None or then.reads_x else None, partial, *results),
+        *(*channels, *then.arguments(dresidual), *sizes, plan.groups, plan.parts, plan.tiles),
+        **then.constexprs,
         COLUMNS=plan.columns,
         EVAL=evaluates,
         FINAL=partial is None,
@@ -565,7 +721,7 @@ def _sum(
         launch(_batch_norm_merge_sums_kernel, plan.channels, *args, BLOCK=block)
 
 
-def _map(kernel, x: Tensor, args: tuple, evaluates: bool) -> None:
+def _map(kernel, x: Tensor, args: tuple, evaluates: bool, **math: Any) -> None:
     columns, outer, channels, inner = _seen_as(x)
     rows, width = (outer, channels * inner) if columns else (outer * channels, inner)
     elements = MAP_BYTES // x.element_size()
@@ -578,6 +734,7 @@ def _map(kernel, x: Tensor, args: tuple, evaluates: bool) -> None:
         kernel,
         cdiv(rows, tile_rows) * cdiv(width, cols),
         *(*args, rows, channels, inner, width // step),
+        **math,
         COLUMNS=columns,
         EVAL=evaluates,
         STEP=step,

@@ -168,7 +168,7 @@ CALLS = {
         None,
         *[meta(33, dtype=ROW)] * 2,
         1e-5,
-        (True, False, False),
+        (True, False, False, False),
     ),
 }
 

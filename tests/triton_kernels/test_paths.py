@@ -208,7 +208,7 @@ def test_results_repeat_bit_by_bit():
     results = []
     for _ in range(2):
         y, mean, rstd = batch_norm.batch_norm_fwd(x, None, None, None, None, 0.1, 1e-5, True)
-        gradients = batch_norm.batch_norm_bwd(dy, x, torch.ones(6), mean, rstd, (True,) * 3)
+        gradients = batch_norm.batch_norm_bwd(dy, x, torch.ones(6), mean, rstd, (True,) * 4)
         results.append([y, mean, rstd, *gradients])
     assert all(map(torch.equal, *results))
 

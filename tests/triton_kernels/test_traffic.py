@@ -110,7 +110,7 @@ for layout, x, launches in (("NCHW", NCHW, 2), ("NHWC", NHWC, 3)):  # of which o
             3,
         ),
         f"batch norm backward, {layout}": (
-            lambda x=x: batch_norm.batch_norm_bwd(x, x, *[CHANNELS] * 3, (True,) * 3),
+            lambda x=x: batch_norm.batch_norm_bwd(x, x, *[CHANNELS] * 3, (True, True, True, False)),
             launches,
             5,
         ),
@@ -121,7 +121,7 @@ for layout, x, launches in (("NCHW", NCHW, 2), ("NHWC", NHWC, 3)):  # of which o
         ),
         f"batch norm evaluation backward, dx alone, {layout}": (
             lambda x=x: batch_norm.batch_norm_eval_bwd(
-                x, x, *[CHANNELS] * 3, 1e-5, (True, False, False)
+                x, x, *[CHANNELS] * 3, 1e-5, (True, False, False, False)
             ),
             1,
             2,
@@ -224,7 +224,7 @@ def test_split_batch_norm_takes_one_launch_more(traffic, monkeypatch):
     x = torch.randn(8, 2, 64, 64)
     with traffic:
         _, mean, rstd = batch_norm.batch_norm_fwd(x, None, None, None, None, 0.1, 1e-5, True)
-        batch_norm.batch_norm_bwd(x, x, None, mean, rstd, (True, False, False))
+        batch_norm.batch_norm_bwd(x, x, None, mean, rstd, (True, False, False, False))
     assert len(traffic.launches) == 6
 
 

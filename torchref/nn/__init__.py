@@ -14,6 +14,9 @@ from torchref.nn.activation import Tanh as Tanh
 from torchref.nn.batch_norm import BatchNorm1d as BatchNorm1d
 from torchref.nn.batch_norm import BatchNorm2d as BatchNorm2d
 from torchref.nn.batch_norm import BatchNorm3d as BatchNorm3d
+from torchref.nn.batch_norm import BatchNormAct1d as BatchNormAct1d
+from torchref.nn.batch_norm import BatchNormAct2d as BatchNormAct2d
+from torchref.nn.batch_norm import BatchNormAct3d as BatchNormAct3d
 from torchref.nn.cross_entropy import CrossEntropyLoss as CrossEntropyLoss
 from torchref.nn.cross_entropy import NLLLoss as NLLLoss
 from torchref.nn.dropout import Dropout as Dropout

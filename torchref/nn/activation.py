@@ -1,6 +1,8 @@
 """Activations: one pointwise formula each, NaN kept, accurate near 0."""
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -600,6 +602,50 @@ def softplus_fwd(x: Tensor, beta: float, threshold: float) -> Tensor:
 def softplus_bwd(dy: Tensor, x: Tensor, beta: float, threshold: float) -> Tensor:
     dy32, z = opmath(dy), opmath(x) * beta
     return rounded(torch.where(z > threshold, dy32, dy32 * _sigmoid(z)), dy)
+
+
+class Fused(NamedTuple):
+    """An activation inside a fused piece: its value, and the gradient of x from dy and x."""
+
+    fwd: Callable[[Tensor, float], Tensor]
+    bwd: Callable[[Tensor, Tensor, float], Tensor]
+    param: float = 0.0  # the default of the one argument that it may have
+
+
+FUSED = {
+    "relu": Fused(lambda x, _: relu_fwd(x, False), lambda dy, x, _: attached(relu_bwd(dy, x), x)),
+    "leaky_relu": Fused(
+        lambda x, slope: leaky_relu_fwd(x, slope, False),
+        lambda dy, x, slope: attached(leaky_relu_bwd(dy, x, slope), x),
+        0.01,
+    ),
+    "sigmoid": Fused(lambda x, _: sigmoid_fwd(x), lambda dy, x, _: sigmoid_bwd(dy, sigmoid_fwd(x))),
+    "tanh": Fused(lambda x, _: tanh_fwd(x), lambda dy, x, _: tanh_bwd(dy, tanh_fwd(x))),
+    "elu": Fused(
+        lambda x, alpha: elu_fwd(x, alpha, 1.0, False),
+        lambda dy, x, alpha: elu_bwd(dy, x, alpha, 1.0, False),
+        1.0,
+    ),
+    "selu": Fused(
+        lambda x, _: elu_fwd(x, SELU_ALPHA, SELU_SCALE, False),
+        lambda dy, x, _: elu_bwd(dy, x, SELU_ALPHA, SELU_SCALE, False),
+    ),
+    "gelu": Fused(lambda x, _: gelu_fwd(x, False), lambda dy, x, _: gelu_bwd(dy, x, False)),
+    "gelu_tanh": Fused(lambda x, _: gelu_fwd(x, True), lambda dy, x, _: gelu_bwd(dy, x, True)),
+    "silu": Fused(lambda x, _: silu_fwd(x), lambda dy, x, _: silu_bwd(dy, x)),
+}
+
+
+def checked_activation(piece: str, activation: str, param: float | None) -> float:
+    """The argument of an activation that a fused piece is asked for."""
+    if activation not in FUSED:
+        raise ValueError(
+            f"{piece}: expected `activation` to be one of {', '.join(FUSED)}, got {activation!r}"
+        )
+    default = FUSED[activation].param
+    if param is not None and not default:
+        raise ValueError(f"{piece}: {activation} has no `param`, got {param}")
+    return default if param is None else float(param)
 
 
 def _sigmoid(x: Tensor) -> Tensor:

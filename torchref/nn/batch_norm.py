@@ -1,6 +1,7 @@
-"""Batch normalization over every dimension but the second."""
+"""Batch normalization over every dimension but the second, alone or with what follows it."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
 from torchref.autograd import Function, opmath, rounded
 from torchref.dispatch import accelerated
+from torchref.nn.activation import FUSED, checked_activation
 
 
 class _BatchNorm(TorchBatchNorm):
@@ -33,6 +35,10 @@ class _BatchNorm(TorchBatchNorm):
         self.unbiased_running_var = unbiased_running_var
 
     def forward(self, input: Tensor) -> Tensor:
+        return batch_norm(input, **self._arguments(input))
+
+    def _arguments(self, input: Tensor) -> dict[str, Any]:
+        """Those of :func:`batch_norm`; counts the batch."""
         self._check_input_dim(input)
         tracks = self.training and self.track_running_stats
         momentum = 0.0 if self.momentum is None else self.momentum
@@ -41,17 +47,16 @@ class _BatchNorm(TorchBatchNorm):
             if self.momentum is None:  # the cumulative average, without asking the device
                 momentum = self.num_batches_tracked.double().reciprocal()
         uses_buffers = not self.training or tracks
-        return batch_norm(
-            input,
-            self.running_mean if uses_buffers else None,
-            self.running_var if uses_buffers else None,
-            self.weight,
-            self.bias,
-            self.training or (self.running_mean is None and self.running_var is None),
-            momentum,  # pyright: ignore[reportArgumentType]
-            self.eps,
-            unbiased_running_var=self.unbiased_running_var,
-        )
+        return {
+            "running_mean": self.running_mean if uses_buffers else None,
+            "running_var": self.running_var if uses_buffers else None,
+            "weight": self.weight,
+            "bias": self.bias,
+            "training": self.training or (self.running_mean is None and self.running_var is None),
+            "momentum": momentum,
+            "eps": self.eps,
+            "unbiased_running_var": self.unbiased_running_var,
+        }
 
     def extra_repr(self) -> str:
         given = "" if self.unbiased_running_var else ", unbiased_running_var=False"
@@ -91,6 +96,84 @@ class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
     """
 
     ranks = (5,)
+
+
+class _BatchNormAct(_BatchNorm):
+    activation = "relu"  # for a module that was another's when it was made
+    param: float | None = None
+
+    def __init__(
+        self, *args: Any, activation: str = "relu", param: float | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        checked_activation(type(self).__name__, activation, param)
+        self.activation, self.param = activation, param
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return batch_norm_act(
+            input,
+            activation=self.activation,
+            param=self.param,
+            residual=residual,
+            **self._arguments(input),
+        )
+
+    def extra_repr(self) -> str:
+        given = "" if self.param is None else f", param={self.param}"
+        return f"{super().extra_repr()}, activation={self.activation!r}{given}"
+
+
+class BatchNormAct1d(_BatchNormAct, BatchNorm1d):
+    """:class:`BatchNorm1d`, then a residual if one is given, then an activation, in one pass.
+
+    In place of a ``BatchNorm1d`` followed by an activation, whose ``state_dict`` it takes; called
+    with ``(input, residual=None)``; see :func:`batch_norm_act`.
+
+    Args:
+        activation, param: as in :func:`batch_norm_act`, keyword only.
+        The others: as :class:`BatchNorm1d`'s.
+
+    Example:
+        >>> norm = torchref.nn.BatchNormAct1d(3, activation="silu")
+        >>> norm(torch.randn(4, 3)).shape
+        torch.Size([4, 3])
+    """
+
+
+class BatchNormAct2d(_BatchNormAct, BatchNorm2d):
+    """:class:`BatchNorm2d`, then a residual if one is given, then an activation, in one pass.
+
+    In place of a ``BatchNorm2d`` followed by an activation, whose ``state_dict`` it takes; called
+    with ``(input, residual=None)``, as the last one of a residual block is; see
+    :func:`batch_norm_act`.
+
+    Args:
+        activation, param: as in :func:`batch_norm_act`, keyword only.
+        The others: as :class:`BatchNorm2d`'s.
+
+    Example:
+        >>> norm = torchref.nn.BatchNormAct2d(3)
+        >>> x = torch.randn(2, 3, 4, 4)
+        >>> bool((norm(x, residual=x) >= 0).all())
+        True
+    """
+
+
+class BatchNormAct3d(_BatchNormAct, BatchNorm3d):
+    """:class:`BatchNorm3d`, then a residual if one is given, then an activation, in one pass.
+
+    In place of a ``BatchNorm3d`` followed by an activation, whose ``state_dict`` it takes; called
+    with ``(input, residual=None)``; see :func:`batch_norm_act`.
+
+    Args:
+        activation, param: as in :func:`batch_norm_act`, keyword only.
+        The others: as :class:`BatchNorm3d`'s.
+
+    Example:
+        >>> norm = torchref.nn.BatchNormAct3d(3, activation="leaky_relu", param=0.2)
+        >>> norm(torch.randn(2, 3, 4, 4, 4)).shape
+        torch.Size([2, 3, 4, 4, 4])
+    """
 
 
 def batch_norm(
@@ -154,7 +237,7 @@ def batch_norm(
     Source: Ioffe and Szegedy, "Batch normalization: accelerating deep network training by reducing
     internal covariate shift", 2015.
     """
-    _check(input, running_mean, running_var, weight, bias, training, eps)
+    _check("batch_norm", input, running_mean, running_var, weight, bias, training, eps)
     if not training:
         return BatchNormEvalFunction.call(input, weight, bias, running_mean, running_var, eps)
     if input.numel() == 0:
@@ -163,8 +246,76 @@ def batch_norm(
     return BatchNormFunction.call(input, weight, bias, *options)[0]
 
 
+def batch_norm_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: str = "relu",
+    param: float | None = None,
+    residual: Tensor | None = None,
+    unbiased_running_var: bool = True,
+) -> Tensor:
+    r"""Batch normalization, the sum with a residual and an activation, in one pass over memory.
+
+    .. math::
+        u = \mathrm{batch\_norm}(x) + r, \quad y = f(u)
+        \qquad
+        du = dy\, f'(u), \quad dr = du
+
+    and :math:`dx, d\gamma, d\beta` are those of :func:`batch_norm` for the upstream gradient
+    :math:`du`. Between the three nothing is stored or rounded, nor kept for backward: that makes
+    :math:`u` again from the input, or, for a ReLU after a residual, reads its sign in the output.
+
+    Args:
+        input, running_mean, running_var, weight, bias, training, momentum, eps,
+        unbiased_running_var: as in :func:`batch_norm`.
+        activation: :math:`f`, one of relu, leaky_relu, sigmoid, tanh, elu, selu, gelu, gelu_tanh
+            and silu.
+        param: the slope of leaky_relu (0.01 unless given) or the alpha of elu (1).
+        residual: :math:`r`, of ``input``'s shape and type, or None for 0.
+
+    Returns:
+        A tensor of ``input``'s shape, type and memory format.
+
+    Raises:
+        ValueError: ``activation`` is none of these or has no ``param``, or ``residual`` differs
+            from ``input`` in shape or type.
+        As :func:`batch_norm` otherwise.
+
+    Example:
+        >>> x = torch.tensor([[1.0], [3.0]])
+        >>> torchref.nn.functional.batch_norm_act(x, None, None, training=True)
+        tensor([[0.0000],
+                [1.0000]])
+
+    Source: He et al., "Deep residual learning for image recognition", 2016.
+    """
+    name = "batch_norm_act"
+    _check(name, input, running_mean, running_var, weight, bias, training, eps)
+    argument = checked_activation(name, activation, param)
+    if residual is not None and (residual.shape, residual.dtype) != (input.shape, input.dtype):
+        raise ValueError(
+            f"{name}: expected `residual` of shape {tuple(input.shape)} and type {input.dtype}, "
+            f"got {tuple(residual.shape)} and {residual.dtype}"
+        )
+    then = (residual, activation, argument)
+    if not training:
+        statistics = (running_mean, running_var, eps)
+        return BatchNormEvalFunction.call(input, weight, bias, *statistics, *then)
+    if input.numel() == 0:
+        running_mean = running_var = None
+    options = (running_mean, running_var, momentum, eps, unbiased_running_var)
+    return BatchNormFunction.call(input, weight, bias, *options, *then)[0]
+
+
 class BatchNormFunction(Function):
-    """Normalization by the batch's own statistics."""
+    """Normalization by the batch's own statistics, and what follows it."""
 
     @staticmethod
     def forward(
@@ -176,30 +327,36 @@ class BatchNormFunction(Function):
         momentum: float,
         eps: float,
         unbiased: bool,
+        residual: Tensor | None = None,
+        activation: str | None = None,
+        param: float = 0.0,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return batch_norm_fwd(x, weight, bias, running_mean, running_var, momentum, eps, unbiased)
+        moved = (running_mean, running_var, momentum, eps, unbiased)
+        return batch_norm_fwd(x, weight, bias, *moved, residual, activation, param)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, weight, bias = inputs[:3]
-        _, mean, rstd = output
-        ctx.eps = inputs[6]
+        y, mean, rstd = output
+        ctx.eps, ctx.count = inputs[6], len(inputs)
         ctx.bias_dtype = x.dtype if bias is None else bias.dtype
         ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, mean, rstd)
+        residual, activation, param = inputs[8:] or (None, None, 0.0)
+        ctx.then = activation, param
+        shift = None if activation is None else bias
+        ctx.save_for_backward(x, weight, mean, rstd, shift, _kept(residual, y, activation))
 
     @staticmethod
     def backward(ctx, dy, *_):
         if dy is None:
-            return (None,) * 8
-        x, weight, mean, rstd = ctx.saved_tensors
+            return (None,) * ctx.count
+        x, weight, mean, rstd, bias, kept = ctx.saved_tensors
         if torch.is_grad_enabled():  # what was saved has no graph
             mean, rstd, _ = _statistics(opmath(x), ctx.eps)
-        wanted = tuple(ctx.needs_input_grad[:3])
-        dx, dweight, dbias = batch_norm_bwd(dy, x, weight, mean, rstd, wanted)
-        dbias = None if dbias is None else dbias.to(ctx.bias_dtype)
-        return dx, dweight, dbias, None, None, None, None, None
+        wanted = _wanted(ctx.needs_input_grad, 8)
+        grads = batch_norm_bwd(dy, x, weight, mean, rstd, wanted, bias, kept, *ctx.then)
+        return _ordered(grads, ctx.bias_dtype, ctx.count, 8)
 
 
 @accelerated("batch_norm", mutates=("running_mean", "running_var"))
@@ -212,6 +369,9 @@ def batch_norm_fwd(
     momentum: float | Tensor,
     eps: float,
     unbiased: bool,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    param: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output, and each channel's mean and 1 / sqrt(variance + eps); moves the running ones."""
     x32 = opmath(x)
@@ -221,7 +381,8 @@ def batch_norm_fwd(
     if running_var is not None:
         n = x.numel() // x.shape[1]
         _move(running_var, var * (n / (n - 1)) if unbiased else var, momentum)
-    return rounded(_affine(_normalized(x32, mean, rstd), weight, bias), x), mean, rstd
+    y = _affine(_normalized(x32, mean, rstd), weight, bias)
+    return rounded(_activated(y, residual, activation, param), x), mean, rstd
 
 
 @accelerated("batch_norm")
@@ -231,12 +392,19 @@ def batch_norm_bwd(
     weight: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
-    wanted: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of x, weight and bias, each where wanted."""
-    dy32 = opmath(dy)
+    wanted: tuple[bool, bool, bool, bool],
+    bias: Tensor | None = None,
+    kept: Tensor | None = None,
+    activation: str | None = None,
+    param: float = 0.0,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, weight, bias and residual, each where wanted.
+
+    ``kept`` is the residual, or the output of a ReLU after it.
+    """
     dims = _all_but_channels(x)
     xhat = _normalized(opmath(x), mean, rstd)
+    dy32 = _before_activation(opmath(dy), xhat, weight, bias, kept, activation, param)
     dbias, dweight = dy32.sum(dims), (dy32 * xhat).sum(dims)
     dx = None
     if wanted[0]:
@@ -244,11 +412,12 @@ def batch_norm_bwd(
         slope = rstd if weight is None else rstd * opmath(weight)
         inner = dy32 - _channels(dbias / n, x) - xhat * _channels(dweight / n, x)
         dx = rounded(_channels(slope, x) * inner, x)
-    return dx, _cast(dweight, weight, wanted[1]), dbias if wanted[2] else None
+    dresidual = rounded(dy32, x) if wanted[3] else None
+    return dx, _cast(dweight, weight, wanted[1]), dbias if wanted[2] else None, dresidual
 
 
 class BatchNormEvalFunction(Function):
-    """Normalization by the running statistics."""
+    """Normalization by the running statistics, and what follows it."""
 
     @staticmethod
     def forward(
@@ -258,23 +427,31 @@ class BatchNormEvalFunction(Function):
         running_mean: Tensor,
         running_var: Tensor,
         eps: float,
+        residual: Tensor | None = None,
+        activation: str | None = None,
+        param: float = 0.0,
     ) -> Tensor:
-        return batch_norm_eval_fwd(x, weight, bias, running_mean, running_var, eps)
+        statistics = (running_mean, running_var, eps)
+        return batch_norm_eval_fwd(x, weight, bias, *statistics, residual, activation, param)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, bias, running_mean, running_var, ctx.eps = inputs
+        x, weight, bias, running_mean, running_var, ctx.eps = inputs[:6]
+        ctx.count = len(inputs)
         ctx.bias_dtype = x.dtype if bias is None else bias.dtype
-        ctx.save_for_backward(x, weight, running_mean, running_var)
+        residual, activation, param = inputs[6:] or (None, None, 0.0)
+        ctx.then = activation, param
+        shift = None if activation is None else bias
+        kept = _kept(residual, output, activation)
+        ctx.save_for_backward(x, weight, running_mean, running_var, shift, kept)
 
     @staticmethod
     def backward(ctx, dy):
-        wanted = tuple(ctx.needs_input_grad[:3])
-        x, weight, running_mean, running_var = ctx.saved_tensors
+        wanted = _wanted(ctx.needs_input_grad, 6)
+        x, weight, running_mean, running_var, bias, kept = ctx.saved_tensors
         saved = (x, weight, running_mean, running_var, ctx.eps)
-        dx, dweight, dbias = batch_norm_eval_bwd(dy, *saved, wanted)
-        dbias = None if dbias is None else dbias.to(ctx.bias_dtype)
-        return dx, dweight, dbias, None, None, None
+        grads = batch_norm_eval_bwd(dy, *saved, wanted, bias, kept, *ctx.then)
+        return _ordered(grads, ctx.bias_dtype, ctx.count, 6)
 
 
 @accelerated("batch_norm")
@@ -285,10 +462,14 @@ def batch_norm_eval_fwd(
     running_mean: Tensor,
     running_var: Tensor,
     eps: float,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    param: float = 0.0,
 ) -> Tensor:
     rstd = (opmath(running_var) + eps).rsqrt()
     xhat = _normalized(opmath(x), opmath(running_mean), rstd)
-    return rounded(_affine(xhat, weight, bias), x)
+    y = _affine(xhat, weight, bias)
+    return rounded(_activated(y, residual, activation, param), x)
 
 
 @accelerated("batch_norm")
@@ -299,19 +480,28 @@ def batch_norm_eval_bwd(
     running_mean: Tensor,
     running_var: Tensor,
     eps: float,
-    wanted: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of x, weight and bias, each where wanted."""
-    dy32 = opmath(dy)
+    wanted: tuple[bool, bool, bool, bool],
+    bias: Tensor | None = None,
+    kept: Tensor | None = None,
+    activation: str | None = None,
+    param: float = 0.0,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, weight, bias and residual, each where wanted; ``kept`` as above."""
     dims = _all_but_channels(x)
     rstd = (opmath(running_var) + eps).rsqrt()
+    dy32, xhat = opmath(dy), None
+    if wanted[1] or activation is not None:
+        xhat = _normalized(opmath(x), opmath(running_mean), rstd)
+        dy32 = _before_activation(dy32, xhat, weight, bias, kept, activation, param)
     dx = dweight = None
     if wanted[0]:
         slope = rstd if weight is None else rstd * opmath(weight)
         dx = rounded(dy32 * _channels(slope, x), x)
-    if wanted[1]:
-        dweight = (dy32 * _normalized(opmath(x), opmath(running_mean), rstd)).sum(dims)
-    return dx, _cast(dweight, weight, wanted[1]), dy32.sum(dims) if wanted[2] else None
+    if wanted[1] and xhat is not None:
+        dweight = (dy32 * xhat).sum(dims)
+    dbias = dy32.sum(dims) if wanted[2] else None
+    dresidual = rounded(dy32, x) if wanted[3] else None
+    return dx, _cast(dweight, weight, wanted[1]), dbias, dresidual
 
 
 def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -336,6 +526,53 @@ def _affine(xhat: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + _channels(opmath(bias), xhat)
 
 
+def _activated(u: Tensor, residual: Tensor | None, activation: str | None, param: float) -> Tensor:
+    u = u if residual is None else u + opmath(residual)
+    return u if activation is None else FUSED[activation].fwd(u, param)
+
+
+def _before_activation(
+    dy: Tensor,
+    xhat: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    kept: Tensor | None,
+    activation: str | None,
+    param: float,
+) -> Tensor:
+    """The gradient of what the activation saw."""
+    if activation is None:
+        return dy
+    if activation == "relu" and kept is not None:
+        u = opmath(kept)  # the output, whose sign is the same
+    else:
+        u = _affine(xhat, weight, bias)
+        u = u if kept is None else u + opmath(kept)
+    return FUSED[activation].bwd(dy, u, param)
+
+
+def _kept(residual: Tensor | None, y: Tensor, activation: str | None) -> Tensor | None:
+    """What else backward reads to know what the activation saw."""
+    return y if residual is not None and activation == "relu" else residual
+
+
+def _wanted(needed: tuple[bool, ...], residual: int) -> tuple[bool, bool, bool, bool]:
+    """Which gradients are needed: of x, weight, bias and the residual, argument ``residual``."""
+    return needed[0], needed[1], needed[2], residual < len(needed) and needed[residual]
+
+
+def _ordered(
+    grads: tuple[Tensor | None, ...], bias_dtype: torch.dtype, count: int, residual: int
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight, bias and the residual at the places of ``count`` arguments."""
+    dx, dweight, dbias, dresidual = grads
+    dbias = None if dbias is None else dbias.to(bias_dtype)
+    ordered = [dx, dweight, dbias] + [None] * (count - 3)
+    if residual < count:
+        ordered[residual] = dresidual
+    return tuple(ordered)
+
+
 def _move(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
     running.copy_((1 - momentum) * opmath(running) + momentum * batch.detach())
 
@@ -357,6 +594,7 @@ def _all_but_channels(x: Tensor) -> list[int]:
 
 
 def _check(
+    name: str,
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -366,13 +604,9 @@ def _check(
     eps: float,
 ) -> None:
     if not input.is_floating_point():
-        raise NotImplementedError(
-            f"batch_norm: expected a floating point `input`, got {input.dtype}"
-        )
+        raise NotImplementedError(f"{name}: expected a floating point `input`, got {input.dtype}")
     if input.ndim < 2:
-        raise ValueError(
-            f"batch_norm: expected `input` of shape (N, C, ...), got {tuple(input.shape)}"
-        )
+        raise ValueError(f"{name}: expected `input` of shape (N, C, ...), got {tuple(input.shape)}")
     channels = input.shape[1]
     tensors = {
         "running_mean": running_mean,
@@ -383,17 +617,16 @@ def _check(
     for argument, tensor in tensors.items():
         if tensor is not None and tensor.numel() != channels:
             raise RuntimeError(
-                f"batch_norm: expected `{argument}` of shape ({channels},), "
-                f"got {tuple(tensor.shape)}"
+                f"{name}: expected `{argument}` of shape ({channels},), got {tuple(tensor.shape)}"
             )
         if tensor is None and not training and argument.startswith("running"):
-            raise RuntimeError(f"batch_norm: expected `{argument}` at inference, got None")
+            raise RuntimeError(f"{name}: expected `{argument}` at inference, got None")
     if (running_mean is None) != (running_var is None):
-        raise ValueError("batch_norm: expected both `running_mean` and `running_var`, or neither")
+        raise ValueError(f"{name}: expected both `running_mean` and `running_var`, or neither")
     if eps < 0 or (training and eps == 0):
-        raise ValueError(f"batch_norm: expected a positive `eps`, got {eps}")
+        raise ValueError(f"{name}: expected a positive `eps`, got {eps}")
     if training and input.shape[0] * math.prod(input.shape[2:]) == 1:
         raise ValueError(
-            "batch_norm: expected more than 1 value per channel when training, got `input` of "
+            f"{name}: expected more than 1 value per channel when training, got `input` of "
             f"shape {tuple(input.shape)}"
         )

@@ -319,6 +319,7 @@ _SCHEMA_TYPES = {
     bool: "bool",
     str: "str",
     str | None: "str?",
+    tuple[bool, bool]: "bool[]",
     tuple[bool, bool, bool, bool]: "bool[]",
     tuple[int, ...]: "SymInt[]",
 }

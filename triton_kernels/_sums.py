@@ -38,6 +38,13 @@ def column_sums(x: Tensor) -> Tensor:
     return _column_sums(_column_sums(x, parts, width, torch.float32), 1, width, x.dtype)[0]
 
 
+def add_up_rows(partial: Tensor) -> Tensor:
+    """The sum of each column of a few rows of partial results."""
+    if partial.shape[0] == 1:
+        return partial[0]
+    return _column_sums(partial, 1, power_of_2(partial.shape[1], 16, 128), partial.dtype)[0]
+
+
 def _column_sums(x: Tensor, parts: int, width: int, dtype: torch.dtype) -> Tensor:
     rows, cols = x.shape
     y = torch.empty((parts, cols), dtype=dtype, device=x.device)

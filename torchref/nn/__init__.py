@@ -17,6 +17,7 @@ from torchref.nn.batch_norm import BatchNorm3d as BatchNorm3d
 from torchref.nn.batch_norm import BatchNormAct1d as BatchNormAct1d
 from torchref.nn.batch_norm import BatchNormAct2d as BatchNormAct2d
 from torchref.nn.batch_norm import BatchNormAct3d as BatchNormAct3d
+from torchref.nn.bias_act_dropout import LinearActDropout as LinearActDropout
 from torchref.nn.cross_entropy import CrossEntropyLoss as CrossEntropyLoss
 from torchref.nn.cross_entropy import NLLLoss as NLLLoss
 from torchref.nn.dropout import Dropout as Dropout

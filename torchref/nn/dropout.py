@@ -135,7 +135,7 @@ class DropoutFunction(Function):
 @accelerated(None)
 def dropout_fwd(x: Tensor, p: float, keep: float, inplace: bool) -> tuple[Tensor, Tensor]:
     """The output and the mask."""
-    mask = _drawn_mask(x, p)
+    mask = drawn_mask(x, p)
     y = opmath(x) * (mask.to(opmath(x).dtype) / keep)
     return (x.copy_(y) if inplace else rounded(y, x)), mask
 
@@ -172,7 +172,7 @@ class SeededDropoutFunction(Function):
 def seeded_dropout_fwd(x: Tensor, seed: Tensor, p: float, keep: float, inplace: bool) -> Tensor:
     """``seed`` is 0-dim and int64; elements are numbered as they lie in memory, without gaps."""
     x32 = opmath(x)
-    y = x32 * (_mask_of(seed, x.shape, _dense_strides(x), p).to(x32.dtype) / keep)
+    y = x32 * (mask_of(seed, x.shape, _dense_strides(x), p).to(x32.dtype) / keep)
     return x.copy_(y) if inplace else rounded(y, x)
 
 
@@ -182,16 +182,16 @@ def seeded_dropout_bwd(
 ) -> Tensor:
     """``strides`` are those that the elements were numbered by."""
     dy32 = opmath(dy)
-    return rounded(dy32 * (_mask_of(seed, dy.shape, strides, p).to(dy32.dtype) / keep), dy)
+    return rounded(dy32 * (mask_of(seed, dy.shape, strides, p).to(dy32.dtype) / keep), dy)
 
 
-def _drawn_mask(x: Tensor, p: float) -> Tensor:
+def drawn_mask(x: Tensor, p: float) -> Tensor:
     if torch.compiler.is_compiling():  # a counter-based generator, which Inductor can fuse
         return torch.rand_like(x, dtype=torch.float32) >= p
     return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)
 
 
-def _mask_of(seed: Tensor, shape: torch.Size, strides: tuple[int, ...], p: float) -> Tensor:
+def mask_of(seed: Tensor, shape: torch.Size, strides: tuple[int, ...], p: float) -> Tensor:
     """Which elements stay: those whose random int32, of the element's number, is not below p."""
     number = torch.zeros((), dtype=torch.int64, device=seed.device)
     for size, stride in zip(shape, strides, strict=True):

@@ -11,6 +11,7 @@ from torchref.nn.activation import softplus as softplus
 from torchref.nn.activation import tanh as tanh
 from torchref.nn.batch_norm import batch_norm as batch_norm
 from torchref.nn.batch_norm import batch_norm_act as batch_norm_act
+from torchref.nn.bias_act_dropout import bias_act_dropout as bias_act_dropout
 from torchref.nn.cross_entropy import cross_entropy as cross_entropy
 from torchref.nn.cross_entropy import nll_loss as nll_loss
 from torchref.nn.dropout import dropout as dropout

@@ -77,6 +77,15 @@ def _act_eval(f: Callable[..., Tensor], x: Tensor, r: Tensor, w: Tensor, b: Tens
     return f(x, mean, var, w, b, activation="relu", residual=r)
 
 
+def _bias_act_dropout(x: Tensor, bias: Tensor, p: float, *, activation: str) -> Tensor:
+    """In torch's pieces."""
+    return theirs.dropout(getattr(theirs, activation)(x + bias), p)
+
+
+def _biased(dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return _draw((5, 7), dtype), _draw((7,), dtype)
+
+
 def _batch_norm_act(*args: Any, activation: str, residual: Tensor, **kwargs: Any) -> Tensor:
     """In torch's pieces."""
     return getattr(theirs, activation)(theirs.batch_norm(*args, **kwargs) + residual)
@@ -128,6 +137,18 @@ PIECES = [
         partial(_act_eval, ours.batch_norm_act),
         partial(_act_eval, _batch_norm_act),
         _residual,
+    ),
+    Piece(
+        "bias_act",
+        partial(ours.bias_act_dropout, activation="gelu"),
+        partial(_bias_act_dropout, p=0.0, activation="gelu"),
+        _biased,
+    ),
+    Piece(
+        "bias_act_dropout",
+        partial(ours.bias_act_dropout, p=0.4, activation="relu"),
+        partial(_bias_act_dropout, p=0.4, activation="relu"),
+        _biased,
     ),
     _both("dropout", scores(3, 7), p=0.4),
 ]

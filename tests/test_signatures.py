@@ -10,11 +10,12 @@ from torch.utils.data import DataLoader
 import torchref
 
 # What torch does not have, or not before 2.13, has no signature to compare.
-FUSED = {"batch_norm_act", "linear_cross_entropy"}
+FUSED = {"batch_norm_act", "bias_act_dropout", "linear_cross_entropy"}
 FUSED_MODULES = {
     "BatchNormAct1d",
     "BatchNormAct2d",
     "BatchNormAct3d",
+    "LinearActDropout",
     "LinearCrossEntropyLoss",
 }
 NAMES = [name for name in vars(torchref.nn.functional) if name[0] != "_"]

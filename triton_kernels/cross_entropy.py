@@ -5,6 +5,9 @@ nothing is transposed. Forward reads the scores once (and probability targets on
 float32 numbers a row; backward reads and writes a tile at a time, with no reduction left to do.
 Each program leaves one partial loss and one partial divisor, summed in a fixed order by one more.
 
+Asked to make the gradient in forward, a program has its rows' sums at hand and reads the scores
+once more, from registers or cache up to 16,384 columns: 2 elements in all.
+
 A target that is ignored forms no address. Nor does one out of range: its loss and its gradient
 are NaN, because a kernel cannot raise.
 """
@@ -25,7 +28,10 @@ from ._rows import (
     tiles_across,
     tiles_down,
 )
+from ._sums import total as add_up
 from .softmax import WIDEST_BWD, WIDEST_FWD, online
+
+BYTES = 4096  # of one tensor a program of a pointwise kernel
 
 
 @triton.jit
@@ -393,6 +399,80 @@ def _nll_loss_fwd_kernel(
     _store_loss(loss_ptr, total_ptr, partial_ptr, tile, row, inside, loss, row_weight, REDUCED)
 
 
+@triton.jit
+def _losses_kernel(
+    x_ptr,
+    target_ptr,
+    weight_ptr,
+    weight_sum_ptr,
+    total_ptr,
+    loss_ptr,
+    dx_ptr,
+    rows,
+    cols,
+    inner,
+    ignore_index,
+    smoothing,
+    SMOOTHED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    STRIDED: tl.constexpr,
+    STEP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """The loss of each row, and its gradient over the total; dx may be x itself."""
+    cols, inner = row_sizes(cols, inner, STRIDED, STEP)
+    row, start, inside = tile_rows(tl.program_id(0), rows, cols, inner, STRIDED, ROWS)
+    row_max, log_sum, spread, _ = _row_sums(
+        x_ptr, target_ptr, weight_ptr, start, inside, cols, inner, smoothing, False, SMOOTHED,
+        WHOLE, STRIDED, ROWS, COLS,
+    )  # fmt: skip
+    target, kept, valid = _targets(target_ptr, row, inside, cols, ignore_index)
+    picked = tl.load(x_ptr + start + target * inner, mask=valid, other=float("nan")).to(tl.float32)
+    row_weight = _row_weights(weight_ptr, target, kept, valid)
+    loss = row_weight * (row_max - picked + log_sum)
+    if SMOOTHED:
+        loss = (1 - smoothing) * loss + spread
+    loss = tl.where(kept, loss, 0.0)  # an ignored row may hold a NaN
+    tl.store(loss_ptr + row, loss, mask=inside)
+    if dx_ptr is not None:
+        tl.debug_barrier()  # every thread has read the scores that it picked
+        col = tl.arange(0, COLS)
+        for first in range(0, cols, COLS):
+            mask = inside[:, None] & columns_left(cols, first, COLS)[None, :]
+            here = tile_offsets(start, col, inner, STRIDED) + first * inner
+            x = tl.load(x_ptr + here, mask=mask, other=0.0).to(tl.float32)
+            p = tl.exp(x - row_max[:, None] - log_sum[:, None])
+            place = tl.where((target >= first) & (target < first + COLS), target - first, -1)
+            hit = (col[None, :] == place.to(tl.int32)[:, None]).to(tl.float32)
+            dx = row_weight[:, None] * (p - hit)
+            if SMOOTHED:
+                if weight_ptr is None:
+                    smooth = p * cols - 1
+                else:
+                    smooth = p * tl.load(weight_sum_ptr) - _weights(weight_ptr, first, cols, COLS)
+                dx = (1 - smoothing) * dx + smoothing / cols * smooth
+            if total_ptr is not None:
+                dx /= tl.load(total_ptr)
+            dx = tl.where(valid[:, None], dx, tl.where(kept, float("nan"), 0.0)[:, None])
+            tl.store(dx_ptr + here, dx, mask=mask)
+
+
+@triton.jit
+def _scale_kernel(x_ptr, factor_ptr, n, BLOCK: tl.constexpr):
+    factor = tl.load(factor_ptr)
+    if factor != 1:
+        start = tl.program_id(0).to(tl.int64) * BLOCK
+        i = tl.arange(0, BLOCK)
+        x_ptr += start
+        if start + BLOCK <= n:  # without a mask: one that n does not align forbids vector loads
+            tl.store(x_ptr + i, tl.load(x_ptr + i).to(tl.float32) * factor)
+        else:
+            inside = i < n - start
+            x = tl.load(x_ptr + i, mask=inside, other=0.0).to(tl.float32)
+            tl.store(x_ptr + i, x * factor, mask=inside)
+
+
 def cross_entropy_fwd(
     x: Tensor,
     target: Tensor,
@@ -430,6 +510,65 @@ def cross_entropy_bwd(
     scalars = (ignore_index, smoothing or 0.0)
     flags = {"SCORES": True, "SMOOTHED": smoothing is not None}
     return _backward(_cross_entropy_bwd_kernel, dy, x, saved, scalars, reduction, flags)
+
+
+def cross_entropy_once_fwd(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    total: Tensor,
+    ignore_index: int,
+    smoothing: float | None,
+) -> tuple[Tensor, Tensor]:
+    x = _in_order(x)
+    dx = torch.empty_like(x)
+    losses = losses_and_gradient(x, target, weight, ignore_index, smoothing, dx, total)
+    return add_up(losses.view(-1), losses), dx
+
+
+def cross_entropy_once_bwd(dx: Tensor, factor: Tensor) -> None:
+    block = BYTES // dx.element_size()
+    launch(_scale_kernel, cdiv(dx.numel(), block), dx, factor, dx.numel(), BLOCK=block)
+
+
+def losses_and_gradient(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    smoothing: float | None,
+    dx: Tensor | None,
+    total: Tensor | None,
+) -> Tensor:
+    """The loss of each row; into ``dx``, if given, the gradient of their sum over ``total``."""
+    view = rows_along(x, _class_dim(x))
+    cut = tiles_down(view, WIDEST_BWD, loop_warps=8)
+    loss = torch.empty(_without_classes(x), dtype=torch.float32, device=x.device)
+    weight = _contiguous(weight)
+    smoothed = smoothing is not None
+    weight_sum = weight.sum(dtype=torch.float32) if smoothed and weight is not None else None
+    launch(
+        _losses_kernel,
+        cut.programs,
+        x,
+        target.contiguous(),
+        weight,
+        weight_sum,
+        total,
+        loss,
+        dx,
+        *view.arguments(),
+        ignore_index,
+        smoothing or 0.0,
+        SMOOTHED=smoothed,
+        WHOLE=cut.whole,
+        STRIDED=view.strided,
+        STEP=view.step,
+        ROWS=cut.ROWS,
+        COLS=cut.COLS,
+        num_warps=cut.num_warps,
+    )
+    return loss
 
 
 def probability_cross_entropy_fwd(

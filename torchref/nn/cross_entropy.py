@@ -4,12 +4,31 @@ import torch
 from torch import Tensor
 
 from torchref.autograd import Function, attached, autocast, opmath, rounded
-from torchref.dispatch import accelerated, reads_values
+from torchref.dispatch import accelerated, differentiates_forward, is_plain, reads_values
 from torchref.nn.loss import checked_reduction, require_constant
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
-    """Drop-in for :class:`torch.nn.CrossEntropyLoss`; see :func:`cross_entropy`."""
+    """Drop-in for :class:`torch.nn.CrossEntropyLoss`; see :func:`cross_entropy`.
+
+    Adds ``gradient_in_forward``.
+    """
+
+    gradient_in_forward = False  # for a module that was torch's when it was made
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        gradient_in_forward: bool = False,
+    ) -> None:
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        self.gradient_in_forward = gradient_in_forward
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return cross_entropy(
@@ -19,6 +38,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
+            gradient_in_forward=self.gradient_in_forward,
         )
 
 
@@ -31,6 +51,8 @@ def cross_entropy(
     reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    *,
+    gradient_in_forward: bool = False,
 ) -> Tensor:
     r"""Cross-entropy between scores and classes, the softmax included.
 
@@ -56,6 +78,9 @@ def cross_entropy(
         reduction: ``"mean"`` (over the weights of the index targets, or over the rows of
             probability targets), ``"sum"`` or ``"none"``.
         label_smoothing: :math:`\varepsilon` in [0, 1].
+        gradient_in_forward: make :math:`dx` along with the loss, which reads the scores once
+            instead of twice, and keep it instead of them. For a mean or a sum over index targets,
+            and for one backward pass: it hands :math:`dx` over, and a second one raises.
 
     Returns:
         A 0-dim tensor, or one of ``input``'s shape without K where ``reduction`` is ``"none"``.
@@ -66,7 +91,9 @@ def cross_entropy(
         IndexError: a target is out of range. Looked at on the CPU only; a Triton kernel makes the
             loss and the gradient of that row NaN.
         RuntimeError: another wrong shape or type, ``label_smoothing`` outside [0, 1],
-            ``ignore_index`` with probability targets, or a ``weight`` that requires a gradient.
+            ``ignore_index`` with probability targets, or a ``weight`` that requires a gradient; in
+            a second backward pass, or one that is to be differentiated, of
+            ``gradient_in_forward``.
         NotImplementedError: ``input`` is not floating point.
 
     Example:
@@ -85,7 +112,13 @@ def cross_entropy(
         raise NotImplementedError(f"{name}: expected a floating point `input`, got {input.dtype}")
     # None spares a pass, and scores of -inf the product 0 * inf
     smoothing = float(label_smoothing) if label_smoothing else None
-    if target.shape == input.shape and input.ndim > 0:
+    has_probabilities = target.shape == input.shape and input.ndim > 0
+    if gradient_in_forward and (has_probabilities or reduction == "none"):
+        what = "probability targets" if has_probabilities else 'reduction "none"'
+        raise ValueError(
+            f"{name}: `gradient_in_forward` is for a mean or sum over class indices, got {what}"
+        )
+    if has_probabilities:
         input, target, weight = autocast(name, input, target, weight)
         _check_probabilities(name, input, target, weight, ignore_index)
         dtype = torch.promote_types(input.dtype, target.dtype)
@@ -93,7 +126,17 @@ def cross_entropy(
         return function.call(input.to(dtype), target.to(dtype), *rest)[0]
     input, weight = autocast(name, input, weight)
     target = _checked_indices(name, input, target, weight, ignore_index)
-    return CrossEntropyFunction.call(input, target, weight, reduction, ignore_index, smoothing)[0]
+    options = (reduction, ignore_index, smoothing)
+    if gradient_in_forward and _may_run_once(input):
+        return CrossEntropyOnceFunction.call(input, target, weight, *options)[0]
+    return CrossEntropyFunction.call(input, target, weight, *options)[0]
+
+
+def _may_run_once(input: Tensor) -> bool:
+    """Whether a gradient will be asked for, and by autograd itself, which asks when it likes."""
+    if torch._C._are_functorch_transforms_active() or differentiates_forward():
+        return False
+    return torch.is_grad_enabled() and input.requires_grad and input.numel() > 0
 
 
 class CrossEntropyFunction(Function):
@@ -177,6 +220,93 @@ def cross_entropy_bwd(
     # The upstream gradient goes on in float32: rounded first, fp16 gradients would vanish.
     dx = dx * _row_gradient(dy, total, reduction, dim)
     return rounded(torch.where(kept.unsqueeze(dim), dx, 0), x)
+
+
+class CrossEntropyOnceFunction(Function):
+    """Cross-entropy with class indices, whose forward makes the gradient that backward returns."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        reduction: str,
+        ignore_index: int,
+        smoothing: float | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss, the gradient, and what it still has to be divided by."""
+        total = _divisor(x, target, weight, reduction, ignore_index)
+        one = torch.ones_like(total)
+        # A mean's gradient may be below float16's smallest number before a loss scale raises it.
+        now, later = (one, total) if x.dtype == torch.float16 else (total, one)
+        loss, dx = cross_entropy_once_fwd(x, target, weight, now, ignore_index, smoothing)
+        # of no rows the gradient is 0, and stays it
+        return rounded(loss / total, x), dx, torch.where(later == 0, 1, later)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, dx, later = output
+        ctx.mark_non_differentiable(dx, later)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(dx, later)
+        ctx.spent = False
+
+    @staticmethod
+    def backward(ctx, dy, *_):
+        if dy is None:
+            return (None,) * 6
+        dx, later = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            raise RuntimeError("cross_entropy: `gradient_in_forward` has no second derivative")
+        factor = opmath(dy) / later
+        if torch.compiler.is_compiling() or not is_plain((factor,)):
+            return rounded(opmath(dx) * factor, dx), None, None, None, None, None
+        if ctx.spent:
+            raise RuntimeError(
+                "cross_entropy: with `gradient_in_forward` backward runs once: the gradient that "
+                "forward made is handed over; leave it out to run backward again"
+            )
+        ctx.spent = True
+        cross_entropy_once_bwd(dx, factor)
+        return dx, None, None, None, None, None
+
+
+@accelerated("cross_entropy")
+def cross_entropy_once_fwd(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    total: Tensor,
+    ignore_index: int,
+    smoothing: float | None,
+) -> tuple[Tensor, Tensor]:
+    """The sum of the rows' losses in float32, and its gradient over ``total``."""
+    losses, dx = losses_and_gradient(x, target, weight, ignore_index, smoothing, total)
+    return losses.sum(), rounded(dx, x)
+
+
+@accelerated("cross_entropy", mutates=("dx",))
+def cross_entropy_once_bwd(dx: Tensor, factor: Tensor) -> None:
+    """``dx`` times the upstream gradient, in place; spared where that is 1."""
+    if not reads_values(factor) or factor != 1:
+        dx.copy_(opmath(dx) * factor)
+
+
+def losses_and_gradient(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    smoothing: float | None,
+    total: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The loss of each row, and the gradient of their sum, over ``total`` if given, in float32."""
+    x32, rows = opmath(x), (target, weight)
+    options = (ignore_index, smoothing)
+    losses, row_max, log_sum, _ = cross_entropy_fwd(x32, *rows, "none", *options)
+    one = losses.new_ones(())
+    saved = (row_max, log_sum, one if total is None else total, "mean")
+    return losses, cross_entropy_bwd(one, x32, *rows, *saved, *options)
 
 
 class ProbabilityCrossEntropyFunction(Function):
@@ -405,6 +535,14 @@ def _reduced(loss: Tensor, row_weight: Tensor, reduction: str) -> tuple[Tensor, 
         total = row_weight.sum()
         return loss.sum() / total, total
     return (loss.sum() if reduction == "sum" else loss), row_weight.new_zeros(())
+
+
+def _divisor(
+    x: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int
+) -> Tensor:
+    """What the sum of the rows' losses is divided by."""
+    _, _, row_weight = _rows(opmath(x), target, weight, ignore_index)
+    return row_weight.sum() if reduction == "mean" else row_weight.new_ones(())
 
 
 def _one_hot(index: Tensor, x: Tensor) -> Tensor:

@@ -12,12 +12,9 @@ from torchref.autograd import Function, autocast, opmath, rounded
 from torchref.dispatch import accelerated, differentiates_forward
 from torchref.nn.cross_entropy import (
     _checked_indices,
-    _log_p,
-    _log_sum_exp,
-    _one_hot,
-    _rows,
-    _weighted,
     cross_entropy,
+    cross_entropy_fwd,
+    losses_and_gradient,
 )
 from torchref.nn.linear import linear, linear_fwd
 from torchref.nn.loss import checked_reduction
@@ -374,24 +371,11 @@ def losses_fwd(
     gradient: bool,
 ) -> Tensor:
     """The loss of each row of scores, which become the gradient of the losses' sum if asked to."""
-    x32 = opmath(x)
-    row_max, log_sum = _log_sum_exp(x32)
-    log_p = _log_p(x32, row_max, log_sum)
-    kept, index, row_weight = _rows(x32, target, weight, ignore_index)
-    loss = -row_weight * log_p.gather(1, index.unsqueeze(1)).squeeze(1)
-    if smoothing is not None:
-        below = _weighted(-log_p, weight).sum(1)
-        loss = (1 - smoothing) * loss + smoothing / x.shape[1] * below
-    if gradient:
-        p = log_p.exp()
-        dx = row_weight.unsqueeze(1) * (p - _one_hot(index, x).to(p.dtype))
-        if smoothing is not None:
-            share = _weighted(torch.ones_like(p), weight)
-            dx = (1 - smoothing) * dx + smoothing / x.shape[1] * (
-                p * share.sum(1, keepdim=True) - share
-            )
-        x.copy_(torch.where(kept.unsqueeze(1), dx, 0))
-    return torch.where(kept, loss, 0)  # an ignored row may hold a NaN
+    if not gradient:
+        return cross_entropy_fwd(opmath(x), target, weight, "none", ignore_index, smoothing)[0]
+    losses, dx = losses_and_gradient(x, target, weight, ignore_index, smoothing)
+    x.copy_(dx)
+    return losses
 
 
 def _chunks(

@@ -10,10 +10,10 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import parameter_lists
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmarks import parameter_lists
 from optim import optim_parity
 from optim.optim_parity import CASES, NAMES, assert_as_good, assert_close, gradients, make_params
 from optim.optim_parity import ours as our

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import time
@@ -6,7 +7,7 @@ from functools import partial
 import benchmark
 import pytest
 import torch
-from benchmarks import cuda, optimizers, parameter_lists, pieces, results, timing
+from benchmarks import cases, cuda, optimizers, parameter_lists, pieces, results, timing
 from benchmarks.options import Options
 
 import torchref
@@ -16,7 +17,7 @@ ENVIRONMENT = {"device": "a CPU", "torch": "2.13.0"}
 
 
 def sizes(*shapes):
-    return pieces.Sizes(shapes, (), shapes, ())
+    return cases.Sizes(shapes, (), shapes, ())
 
 
 @pytest.fixture
@@ -31,14 +32,13 @@ def quick(monkeypatch):
 
     monkeypatch.setattr(pieces, "contestants", uncompiled)
     small = {
-        id(pieces.FLAT): sizes((64,)),
-        id(pieces.ROWS): sizes((4, 16)),
-        id(pieces.IMAGES): sizes((2, 4, 3, 3)),
-        id(pieces.HEADS): sizes((4, 16, 8)),
+        id(cases.FLAT): sizes((64,)),
+        id(cases.ROWS): sizes((4, 16)),
+        id(cases.IMAGES): sizes((2, 4, 3, 3)),
+        id(cases.HEADS): sizes((4, 16, 8)),
     }
-    cases = [pieces.Case(**{**vars(case), "sizes": small[id(case.sizes)]}) for case in pieces.CASES]
-    monkeypatch.setattr(pieces, "CASES", cases)
-    return cases
+    shrunk = [dataclasses.replace(case, sizes=small[id(case.sizes)]) for case in pieces.CASES]
+    monkeypatch.setattr(pieces, "CASES", shrunk)
 
 
 def measured(rows, name):
@@ -82,7 +82,7 @@ def test_no_function_is_left_out():
     ],
 )
 def test_what_is_wrong_is_reported_and_not_timed(monkeypatch, capsys, wrong, what):
-    case = pieces.Case("relu", wrong, torch.relu, pieces._one, sizes((64,)), (2, 5))
+    case = cases.Case("relu", wrong, torch.relu, cases._one, sizes((64,)), (2, 5))
     monkeypatch.setattr(pieces, "CASES", [case])
     rows = pieces.run(Options())
     formula, torchs = measured(rows, "formula"), measured(rows, "torch")
@@ -97,7 +97,7 @@ def test_what_is_wrong_is_reported_and_not_timed(monkeypatch, capsys, wrong, wha
 def test_a_dropout_that_keeps_too_much_is_wrong(monkeypatch):
     real = next(case for case in pieces.CASES if case.name == "dropout")
     keeps = partial(torch.nn.functional.dropout, p=0.0)
-    case = pieces.Case(**{**vars(real), "ours": keeps, "sizes": sizes((4096,))})
+    case = dataclasses.replace(real, ours=keeps, sizes=sizes((4096,)))
     monkeypatch.setattr(pieces, "CASES", [case])
     assert measured(pieces.run(Options()), "formula")["note"] == (
         "wrong: it keeps 1.000 of all elements"
@@ -109,14 +109,14 @@ def test_a_case_that_cannot_run_is_one_row_and_no_end(monkeypatch):
     def broken(x):
         raise RuntimeError("no memory\nfor this")
 
-    first = pieces.Case("relu", torch.relu, broken, pieces._one, sizes((64,)), (2, 5))
+    first = cases.Case("relu", torch.relu, broken, cases._one, sizes((64,)), (2, 5))
     monkeypatch.setattr(pieces, "CASES", [first, RELU_SMALL])
     failed, *rest = pieces.run(Options())
     assert (failed["note"], failed["ms"]) == ("failed: no memory", None)
     assert all(row["ms"] for row in rest)
 
 
-RELU_SMALL = pieces.Case("relu", RELU.ours, RELU.theirs, RELU.inputs, sizes((64,)), RELU.moves)
+RELU_SMALL = dataclasses.replace(RELU, sizes=sizes((64,)))
 
 
 @pytest.mark.usefixtures("quick")
@@ -142,9 +142,9 @@ def test_torch_compile_is_checked_and_timed(monkeypatch):
 
 
 def test_a_large_case_is_checked_on_fewer_rows():
-    plan = pieces.Plan(RELU, (pieces.CHECKED * 8,), pieces.Draw(torch.float32, "cpu", ""))
+    plan = pieces.Plan(RELU, (pieces.CHECKED * 8,), cases.Draw(torch.float32, "cpu", ""))
     assert plan.inputs(pieces.CHECKED)[0].numel() == pieces.CHECKED
-    wide = pieces.Plan(RELU, (2, 64), pieces.Draw(torch.float32, "cpu", ""))
+    wide = pieces.Plan(RELU, (2, 64), cases.Draw(torch.float32, "cpu", ""))
     assert wide.inputs(16)[0].shape == (1, 64)
 
 
@@ -153,7 +153,7 @@ def test_peers_that_are_not_installed_are_absent():
     found, absent = pieces.peers(case)
     assert found.keys() | absent.keys() == {"liger", "quack"}
     assert all(note.startswith("absent: ") for note in absent.values())
-    case = pieces.Case(**{**vars(case), "peers": {"torch": "torch.nn.functional:cross_entropy"}})
+    case = dataclasses.replace(case, peers={"torch": "torch.nn.functional:cross_entropy"})
     assert pieces.peers(case)[0]["torch"].function is torch.nn.functional.cross_entropy
 
 
@@ -310,8 +310,8 @@ def test_the_arithmetic_of_a_gpu():
     assert set(pieces.contestants(RELU, quick)) == {
         *("torch", "torch again", "torch.compile", "kernel")
     }
-    small = pieces.Plan(RELU, (2**10,), pieces.Draw(torch.bfloat16, "cuda", "contiguous"))
-    large = pieces.Plan(RELU, (2**20,), pieces.Draw(torch.bfloat16, "cuda", "contiguous"))
+    small = pieces.Plan(RELU, (2**10,), cases.Draw(torch.bfloat16, "cuda", "contiguous"))
+    large = pieces.Plan(RELU, (2**20,), cases.Draw(torch.bfloat16, "cuda", "contiguous"))
     assert (small.modes(), large.modes()) == (("graph", "eager"), ("cold", "graph", "eager"))
     assert {plan.draw.dtype for plan in pieces.plans(quick)} == {torch.bfloat16}
 

@@ -15,6 +15,8 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 import torchref.nn
+from torchref.fuse import Fused, unfuse
+from torchref.fuse import fuse as fuse_rows
 from torchref.nn import functional
 
 
@@ -49,6 +51,7 @@ def convert(
     *,
     exclude: Iterable[str | type[nn.Module] | nn.Module] = (),
     functional: bool = False,
+    fuse: bool = False,
 ) -> Report:
     """Make the modules of a model ours, in place, where their class is exactly torch's.
 
@@ -66,6 +69,12 @@ def convert(
             while ``model.forward`` does, in excluded modules too. It costs about a microsecond for
             each function of torch. What :mod:`torch.utils.checkpoint` computes again in backward,
             outside ``forward``, stays torch's, and so does what :func:`torch.compile` traces.
+
+        fuse: whether a batch norm and the activation after it, and a linear layer, its activation
+            and dropout, become one module where they stand in a row in an ``nn.Sequential``, have
+            one place in the model and no hooks. The first module then returns what the last did;
+            the others keep their names and do nothing. Dropout follows the linear layer's training
+            flag. ``state_dict`` keys stay.
 
     Returns:
         What was swapped, and what was left and why.
@@ -97,6 +106,8 @@ def convert(
             already += 1
         elif why := _why_left(module, module in excluded):
             left[name] = (cls.__name__, why)
+    if fuse:
+        swapped |= fuse_rows(model)
     if any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules()):
         notes.append(_FAST_PATH)
     if functional:
@@ -128,6 +139,7 @@ def revert(model: nn.Module) -> None:
             if (value := vars(module)[option]) != getattr(type(module), option):
                 raise ValueError(f"revert: torch has no {option}={value!r}, as {name!r} has")
     for module in model.modules():
+        unfuse(module)
         attributes = vars(module)
         for option in _options(module):
             del attributes[option]
@@ -287,7 +299,8 @@ def _torchs(cls: type) -> type:
 
 def _is_ours(module: nn.Module) -> bool:
     becomes = getattr(module, "cls_to_become", None)
-    return becomes in THEIRS or any(cls in THEIRS for cls in type(module).__mro__)
+    ours = any(cls in THEIRS or cls is Fused for cls in type(module).__mro__)
+    return ours or becomes in THEIRS
 
 
 def _why_left(module: nn.Module, excluded: bool) -> str | None:

@@ -1,7 +1,7 @@
 """Every piece once, as a function beside torch's, for the tests that ask the same of each."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ class Piece:
     theirs: Callable[..., Tensor]
     inputs: Callable[[torch.dtype], tuple[Tensor, ...]]  # those with a gradient require one
     autocast: bool = True  # torch's autocast takes it
+    random: bool = False  # draws a mask
 
 
 def scores(*shape: int) -> Callable[[torch.dtype], tuple[Tensor, ...]]:
@@ -149,7 +150,8 @@ PIECES = [
         partial(ours.bias_act_dropout, p=0.4, activation="relu"),
         partial(_bias_act_dropout, p=0.4, activation="relu"),
         _biased,
+        random=True,
     ),
-    _both("dropout", scores(3, 7), p=0.4),
+    replace(_both("dropout", scores(3, 7), p=0.4), random=True),
 ]
 NAMES = [piece.name for piece in PIECES]

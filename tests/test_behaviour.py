@@ -21,7 +21,7 @@ ran = []
 
 @pytest.fixture(params=["reference", "kernel"], autouse=True)
 def implementation(request, piece, monkeypatch):
-    if request.param == "kernel" and piece.name in ("dropout", "bias_act_dropout"):
+    if request.param == "kernel" and piece.random:
         pytest.skip("a kernel's mask is its own: test_dropout_kernel.py")
     monkeypatch.setattr(dispatch, "find_kernel", stand_in)
     monkeypatch.setattr(dispatch, "interprets", lambda: True)  # tensors on the CPU
@@ -124,7 +124,7 @@ def test_compile(piece, dynamic, implementation):
     gradients = torch.autograd.grad(y.sum(), xs)
     # under torch.compile a piece is its formula, or one opaque operation where a kernel is forced
     assert bool(ran) == (implementation == "kernel")
-    if piece.name == "dropout":  # torch.compile draws other numbers
+    if piece.random:  # torch.compile draws other numbers
         assert torch.equal(y != 0, gradients[0] != 0)
     else:
         expected = piece.theirs(*inputs)
@@ -143,7 +143,7 @@ def test_export(piece):
     torch.manual_seed(0)
     y = program.module()(*inputs)
     torch.manual_seed(0)
-    if piece.name != "dropout":  # torch.export draws other numbers
+    if not piece.random:  # torch.export draws other numbers
         close(y, piece.theirs(*inputs))
 
 
@@ -183,7 +183,7 @@ def test_torch_func(piece):
             lambda x: torch.func.grad(loss(f))(x, *xs[1:]).sin().sum()
         )(xs[0]),
     }
-    if piece.name != "dropout":  # vmap allows no random numbers there
+    if not piece.random:  # vmap allows no random numbers there
         transforms["jacrev"] = lambda f: torch.func.jacrev(f)(*xs)
         transforms["hessian"] = lambda f: torch.func.hessian(loss(f))(*xs)
     for transform in transforms.values():

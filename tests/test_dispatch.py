@@ -139,8 +139,8 @@ def test_find_kernel_knows_files_and_names():
 
 @pytest.mark.parametrize("piece", PIECES, ids=lambda p: p.name)
 def test_compiled_equals_torch(piece):
-    if piece.name == "dropout":
-        return _test_compiled_dropout()
+    if piece.random:
+        return _test_compiled_mask(MASKED[piece.name])
     inputs = piece.inputs(torch.float32)
     xs = [x for x in inputs if x.requires_grad]
     expected = piece.theirs(*inputs)
@@ -154,10 +154,16 @@ def test_compiled_equals_torch(piece):
     )
 
 
-def _test_compiled_dropout():
-    x = torch.randn(10_000, requires_grad=True)
+MASKED = {
+    "dropout": lambda x: ours.dropout(x, 0.3),
+    "bias_act_dropout": lambda x: ours.bias_act_dropout(x - 1, torch.ones(100), 0.3),
+}
+
+
+def _test_compiled_mask(f):
+    x = (torch.rand(100, 100) + 0.1).requires_grad_()
     with torchref.backend("compiled"):
-        y = ours.dropout(x, 0.3)
+        y = f(x)
         y.sum().backward()
     kept = y != 0
     assert kept.float().mean() == pytest.approx(0.7, abs=0.025)  # 5 standard deviations
@@ -165,9 +171,9 @@ def _test_compiled_dropout():
     assert torch.equal(kept, x.grad != 0)
     torch.manual_seed(3)
     with torchref.backend("compiled"):
-        first = ours.dropout(x, 0.3)
+        first = f(x)
         torch.manual_seed(3)
-        assert torch.equal(first, ours.dropout(x, 0.3))
+        assert torch.equal(first, f(x))
 
 
 def test_compiled_serves_every_shape_and_scalar_with_one_compilation(compilations):

@@ -28,6 +28,7 @@ FORMULAS = {
     for info in pkgutil.iter_modules(torchref.nn.__path__)
     for name, formula in vars(importlib.import_module(f"torchref.nn.{info.name}")).items()
     if name.endswith(("_fwd", "_bwd")) and hasattr(formula, "__wrapped__")
+    if formula.__module__.endswith(f".{info.name}")  # not where it was imported
     if (info.name, name) not in MASKS_OF_TORCH
 }
 LAUNCHERS = {

@@ -34,6 +34,8 @@ def large(piece: Piece, device: str, dtype: torch.dtype = torch.float32) -> tupl
         inputs = x.sigmoid(), draw(N, K).sigmoid()
     elif piece.name in ("mse_loss", "l1_loss", "binary_cross_entropy_with_logits"):
         inputs = x, draw(N, K)
+    elif piece.name.startswith("bias_act"):
+        inputs = x, draw(K)
     elif piece.name.startswith("batch_norm"):
         inputs = draw(67, CHANNELS, 1013) + 1, draw(CHANNELS) + 1, draw(CHANNELS)
     return tuple(t.to(dtype).requires_grad_() if t.is_floating_point() else t for t in inputs)

@@ -28,12 +28,11 @@ from torchref.testing import assert_parity
 
 DEVICE = "cuda"
 HALF_AND_SINGLE = [torch.float32, torch.float16, torch.bfloat16]
-DRAWING = ["dropout"]
 
 pytestmark = pytest.mark.gpu
 every_piece = pytest.mark.parametrize("piece", PIECES, ids=lambda p: p.name)
-without_dropout = pytest.mark.parametrize(
-    "piece", [p for p in PIECES if p.name not in DRAWING], ids=lambda p: p.name
+without_random = pytest.mark.parametrize(
+    "piece", [p for p in PIECES if not p.random], ids=lambda p: p.name
 )
 
 
@@ -44,7 +43,7 @@ def kernels(needs_a_gpu):
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
-@without_dropout  # a kernel's mask is its own
+@without_random  # a kernel's mask is its own
 def test_sizes_that_no_block_divides(piece, dtype):
     assert_parity(piece.ours, piece.theirs, *large(piece, DEVICE, dtype))
 

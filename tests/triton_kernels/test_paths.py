@@ -19,7 +19,7 @@ from torchref.triton_kernels import (
 )
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-POINTWISE = [p for p in PIECES if len(p.inputs(torch.float32)) == 1 and p.name != "dropout"]
+POINTWISE = [p for p in PIECES if len(p.inputs(torch.float32)) == 1 and not p.random]
 DISTANCES = ["mse_loss", "l1_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits"]
 
 

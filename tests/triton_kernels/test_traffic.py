@@ -5,6 +5,7 @@ once. What is counted is what the multiprocessors ask of the caches, so a second
 counts in full although it mostly hits L2.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -125,6 +126,42 @@ for layout, x, launches in (("NCHW", NCHW, 2), ("NHWC", NHWC, 3)):  # of which o
             ),
             1,
             2,
+        ),
+    }
+# Eight channels: six numbers of each for a tile of 2048 would be a twentieth of x with sixteen.
+FEW = torch.randn(8, 16, 64, 8).movedim(-1, 1)
+for (layout, x, launches), name, added in itertools.product(
+    (("NCHW", NCHW, 2), ("NHWC", FEW, 3)), ("relu", "silu"), (False, True)
+):
+    path, c = f"{name}{' after a residual' if added else ''}, {layout}", CHANNELS[: x.shape[1]]
+    residual, parameters = (x if added else None), (c, c, c, c)
+    then, backward_then = (residual, name, 0.0), (c, residual, name, 0.0)
+    # it reads dy, x and the residual, or dy and the output of a ReLU after a residual
+    frozen = 2 if not added or name == "relu" else 3
+    CASES |= {
+        f"batch norm, {path}": (
+            lambda x=x, p=parameters, t=then: batch_norm.batch_norm_fwd(x, *p, 0.1, 1e-5, True, *t),
+            launches,
+            4 if added else 3,
+        ),
+        f"batch norm backward, {path}": (
+            lambda x=x, c=c, added=added, t=backward_then: batch_norm.batch_norm_bwd(
+                x, x, c, c, c, (True, True, True, added), *t
+            ),
+            launches,
+            7 if added else 5,
+        ),
+        f"batch norm evaluation, {path}": (
+            lambda x=x, p=parameters, t=then: batch_norm.batch_norm_eval_fwd(x, *p, 1e-5, *t),
+            1,
+            3 if added else 2,
+        ),
+        f"batch norm evaluation backward, no parameter's gradient, {path}": (
+            lambda x=x, c=c, added=added, t=backward_then: batch_norm.batch_norm_eval_bwd(
+                x, x, c, c, c, 1e-5, (True, False, False, added), *t
+            ),
+            1,
+            frozen + (2 if added else 1),
         ),
     }
 

@@ -1,4 +1,4 @@
-"""Time ours beside torch's: every piece, optimizers' steps.
+"""Time ours beside torch's: every piece, optimizers' steps, steps of whole models.
 
     python scripts/benchmark.py
     python scripts/benchmark.py --quick --json quick.json
@@ -17,11 +17,11 @@ import time
 from pathlib import Path
 
 import torch
-from benchmarks import cuda, optimizers, pieces, results
+from benchmarks import cuda, models, optimizers, pieces, results
 from benchmarks.options import OneLineParser, Options
 
 # Each has `run(options)`, which returns rows, and `NAMES`, which --only chooses from.
-SECTIONS = {"pieces": pieces, "optimizers": optimizers}
+SECTIONS = {"pieces": pieces, "optimizers": optimizers, "models": models}
 QUICK = 7 * 60  # seconds, after which nothing new is begun
 
 
@@ -65,7 +65,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
-        "--only", nargs="+", default=[], metavar="NAME", help="of pieces, optimizers"
+        "--only", nargs="+", default=[], metavar="NAME", help="of pieces, optimizers, models"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every row to this file")
     parser.add_argument("--compare", type=Path, nargs=2, metavar="FILE", help="what moved")
@@ -94,18 +94,24 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
 def summary(rows: list[results.Row]) -> list[str]:
     """The largest sizes in a table, means over all that are large, and what is wrong."""
     lines = ["", "ratios to torch, ~ a tie:"]
-    cells = results.table(results.largest(results.main_mode(rows)))
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for line in cells:
-        lines.append("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip())
-    means = results.geometric_means(results.main_mode(rows))
-    shown = [f"{name} {mean:.2f}" for name, mean in means.items() if name != "torch"]
-    lines.append(f"geometric means from {results.LARGE:,} elements on: " + ", ".join(shown))
+    for section in dict.fromkeys(row["section"] for row in rows):
+        main = results.main_mode([row for row in rows if row["section"] == section])
+        lines += aligned(results.table(results.largest(main) if section == "pieces" else main))
+        means = results.geometric_means(main)
+        shown = [f"{name} {mean:.2f}" for name, mean in means.items() if name != "torch"]
+        if shown:
+            lines.append(f"geometric means from {results.LARGE:,} elements on: {', '.join(shown)}")
     for row in rows:
         if row["note"] and row["note"].startswith(("wrong", "failed")):
             described = " ".join(row[name] for name in ("op", "pass", "implementation", "shape"))
             lines.append(f"{described}: {row['note']}")
     return lines
+
+
+def aligned(cells: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    padded = ([c.ljust(w) for c, w in zip(line, widths, strict=True)] for line in cells)
+    return ["  ".join(line).rstrip() for line in padded]
 
 
 if __name__ == "__main__":

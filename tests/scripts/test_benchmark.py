@@ -316,6 +316,21 @@ def test_the_arithmetic_of_a_gpu():
     assert {plan.draw.dtype for plan in pieces.plans(quick)} == {torch.bfloat16}
 
 
+def test_what_is_measured_in_each_mode_of_a_gpu(monkeypatch):
+    graphs = []
+    monkeypatch.setattr(cuda, "eager", lambda call: lambda: 1e-3)
+    monkeypatch.setattr(cuda, "replayed", lambda calls: graphs.append(calls) or (lambda: 2e-3))
+    for name in ("host_us", "launches", "peak_bytes"):
+        monkeypatch.setattr(cuda, name, lambda call, name=name: name)
+    sample, known = pieces.sample_of("a", "eager", "cuda")
+    assert (sample(), known) == (1e-3, {name: name for name in known})
+    assert set(known) == {"host_us", "launches", "peak_bytes"}
+    for calls, mode in (("ab", "cold"), ("a", "graph"), ("abcdefg", "cold")):
+        assert pieces.sample_of(calls, mode, "cuda")[1] == {}
+    # five calls of a millisecond, or as many as have buffers of their own
+    assert ["".join(calls) for calls in graphs] == ["ababa", "aaaaa", "abcdefg"]
+
+
 # The command.
 
 
@@ -325,7 +340,7 @@ def test_the_command_writes_what_it_can_read(tmp_path, capsys):
     assert benchmark.main(["pieces", "--only", "relu", "--json", str(file)]) == 0
     out = capsys.readouterr().out
     assert out.startswith("device ")
-    assert "geometric means" in out
+    assert "ratios to torch, ~ a tie:" in out
     written = results.read(file)
     assert written["command"] == f"python scripts/benchmark.py pieces --only relu --json {file}"
     assert written["environment"]["torch"] == torch.__version__
@@ -341,7 +356,7 @@ def test_the_command_writes_what_it_can_read(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--rounds=3"], "unrecognized arguments: --rounds=3"),
-        (["everything"], "no section 'everything': expected pieces, optimizers"),
+        (["everything"], "no section 'everything': expected pieces, optimizers, models"),
         (["--only", "rellu"], "--only: none is called 'rellu'; there are "),
         (["pieces", "--only", "AdamW"], "--only: none is called 'AdamW'"),
         (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),

@@ -217,7 +217,7 @@ def _batch_norm_apply_kernel(
         mean_ptr, spread_ptr, weight_ptr, bias_ptr, channel, known, eps, EVAL
     )
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    y = _affine(x, mean, scale, shift, residual_ptr, at, inside)
+    y = _affine(x, mean, scale, shift, bias_ptr, residual_ptr, at, inside)
     if MATH is not None:
         y = MATH(y, a, b)
     tl.store(y_ptr + at, y, mask=inside)
@@ -237,9 +237,11 @@ def _coefficients(mean_ptr, spread_ptr, weight_ptr, bias_ptr, channel, known, ep
 
 
 @triton.jit
-def _affine(x, mean, scale, shift, residual_ptr, at, inside):
+def _affine(x, mean, scale, shift, bias_ptr, residual_ptr, at, inside):
     # not folded to x * scale + shift: that cancels at a large mean
-    u = (x - mean) * scale + shift
+    u = (x - mean) * scale
+    if bias_ptr is not None:  # a sum with 0 costs registers: no compiler may leave it out
+        u += shift
     if residual_ptr is not None:
         u += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
     return u
@@ -252,6 +254,7 @@ def _before_activation(
     mean,
     scale,
     shift,
+    bias_ptr,
     kept_ptr,
     at,
     inside,
@@ -264,7 +267,7 @@ def _before_activation(
     if FROM_OUTPUT:
         u = tl.load(kept_ptr + at, mask=inside, other=0.0).to(tl.float32)
     else:
-        u = _affine(x, mean, scale, shift, kept_ptr, at, inside)
+        u = _affine(x, mean, scale, shift, bias_ptr, kept_ptr, at, inside)
     return MATH(dy, u, a, b)
 
 
@@ -324,7 +327,7 @@ def _batch_norm_sums_kernel(
             x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if MATH is not None:
             dy = _before_activation(
-                dy, x, mean, scale, shift, kept_ptr, at, inside, a, b, MATH, FROM_OUTPUT
+                dy, x, mean, scale, shift, bias_ptr, kept_ptr, at, inside, a, b, MATH, FROM_OUTPUT
             )
         if dresidual_ptr is not None:
             tl.store(dresidual_ptr + at, dy, mask=inside)
@@ -408,7 +411,7 @@ def _batch_norm_dx_kernel(
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if MATH is not None:
         dx = _before_activation(
-            dx, x, mean, scale, shift, kept_ptr, at, inside, a, b, MATH, FROM_OUTPUT
+            dx, x, mean, scale, shift, bias_ptr, kept_ptr, at, inside, a, b, MATH, FROM_OUTPUT
         )
     if dresidual_ptr is not None:
         tl.store(dresidual_ptr + at, dx, mask=inside)

@@ -352,7 +352,7 @@ def _unsummed(self, part, dscores):
     take(self, part, dscores)
 
 
-def _unscaled(d, scale, like):
+def _unscaled(d, scale, like, again):
     return d.to(like.dtype)
 
 
@@ -366,3 +366,36 @@ def test_planted_mistakes_are_caught(name, mistake, monkeypatch):
     monkeypatch.setattr(f"torchref.nn.linear_cross_entropy.{name}", mistake)
     with pytest.raises(AssertionError):
         assert_parity(in_chunks, composed, *inputs(torch.float32), options=FIVE)
+
+
+def allocated(f):
+    """The most memory that ``f`` holds at a time, beyond what was there."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        f()
+    events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    return max(itertools.accumulate(sizes), default=0)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_last_backward_pass_needs_no_second_gradient_of_the_weights(dtype, monkeypatch):
+    monkeypatch.setattr(module, "BUDGET", 2**12)  # also what a scaling in bfloat16 takes at a time
+    x, w, _, _ = inputs(dtype, rows=8, classes=512, features=64)
+    loss = ours.linear_cross_entropy(x, w, torch.arange(8))
+    size = w.numel() * w.element_size()
+    kept = allocated(lambda: torch.autograd.grad(loss, w, 3 * loss.detach(), retain_graph=True))
+    passed = allocated(lambda: torch.autograd.grad(loss, w, 3 * loss.detach()))
+    assert kept > size
+    assert passed < size / 4
+
+
+def test_a_backward_pass_repeats_until_the_last():
+    x, w, b, target = inputs()
+    loss = in_chunks(x, w, b, target, options=FIVE)
+    first = torch.autograd.grad(loss, (x, w, b), torch.tensor(3.0).double(), retain_graph=True)
+    kept = [g.clone() for g in first]
+    last = torch.autograd.grad(loss, (x, w, b), torch.tensor(3.0).double())
+    torch.testing.assert_close(last, first, rtol=0, atol=0)
+    torch.testing.assert_close(first, tuple(kept), rtol=0, atol=0)

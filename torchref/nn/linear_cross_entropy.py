@@ -280,7 +280,9 @@ class LinearCrossEntropyFunction(Function):
             return *_composed_bwd(dy, (x, w, b), target, weight, ctx.options, wants), *(None,) * 9
         scale = opmath(dy) / total
         pairs = zip((dx, dw, db), (x, w, b), wants, strict=True)
-        return *(_scaled(d, scale, like) if want else None for d, like, want in pairs), *(None,) * 9
+        again = torch.compiler.is_compiling() or _runs_again()
+        grads = (_scaled(d, scale, like, again) if want else None for d, like, want in pairs)
+        return *grads, *(None,) * 9
 
 
 class RowLossesFunction(Function):
@@ -395,11 +397,20 @@ def _divisor(target: Tensor, weight: Tensor | None, ignore_index: int, like: Ten
     return torch.where(kept, opmath(weight)[torch.where(kept, target, 0)], 0).sum().to(like.dtype)
 
 
-def _scaled(d: Tensor, scale: Tensor, like: Tensor) -> Tensor:
-    """``d * scale`` in the type of ``like``, in float32 on the way, some rows at a time."""
-    if opmath(d) is d:
-        return rounded(d * scale, like)
-    y = torch.empty_like(d, dtype=like.dtype)
+def _runs_again() -> bool:
+    """Whether the backward pass under way keeps what was saved, for another one."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _scaled(d: Tensor, scale: Tensor, like: Tensor, again: bool) -> Tensor:
+    """``d * scale`` in the type of ``like``, in float32 on the way, some rows at a time.
+
+    In the memory of ``d`` where it is not needed ``again``: a gradient of the weights for a large
+    vocabulary is larger than all of the rest.
+    """
+    if d.dtype not in (torch.float16, torch.bfloat16):
+        return rounded(d * scale if again else d.mul_(scale), like)
+    y = d if not again and d.dtype == like.dtype else torch.empty_like(d, dtype=like.dtype)
     rows = max(1, BUDGET // 8 // max(1, d[:1].numel() * 4))
     for here, there in zip(y.split(rows), d.split(rows), strict=True):
         here.copy_(opmath(there) * scale)

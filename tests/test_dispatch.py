@@ -108,6 +108,7 @@ def test_what_kernels_take():
     for other in (x.double(), x.long(), x.bool(), x.to(torch.complex64), torch.empty(0)):
         assert not dispatch.kernel_takes((other,))
     assert not dispatch.kernel_takes((x, torch.empty(0, 3)))
+    assert not dispatch.kernel_takes((x, x > 0))
     assert not dispatch.kernel_takes((x, torch.empty(2, device="meta")))
 
 

@@ -188,7 +188,8 @@ def will_run_kernel(module: str, name: str, x: Tensor) -> bool:
 def kernel_takes(args: tuple[Any, ...]) -> bool:
     """Whether kernels are written for such arguments.
 
-    Float64 and integers are for the formula, and so is what torch refuses, tensors on two devices.
+    Float64 and integers are for the formula, a mask that torch drew, and what torch refuses,
+    tensors on two devices.
     """
     x = args[0]
     if x.dtype not in KERNEL_DTYPES or (x.is_cuda and not _serves(x.device.index)):
@@ -198,6 +199,8 @@ def kernel_takes(args: tuple[Any, ...]) -> bool:
             if not arg.numel() or arg.device != x.device:
                 return False
             if arg.dtype == torch.float64 and arg.ndim:  # running statistics keep their digits
+                return False
+            if arg.dtype == torch.bool:
                 return False
     return True
 

@@ -126,7 +126,7 @@ def bias_act_dropout(
     # The Function sees rows and returns them, as in linear.
     rows = input.reshape(math.prod(input.shape[:-1]), features) if input.ndim != 2 else input
     drops = training and 0 < p < 1 and input.numel() > 0
-    noise = _noise(rows, float(p)) if drops else None
+    noise = _noise(input, rows.shape, float(p)) if drops else None
     share = float(p) if drops else 0.0
     y = BiasActDropoutFunction.call(rows, bias, noise, activation, argument, share)
     y = y if input.ndim == 2 else y.reshape(input.shape)
@@ -207,11 +207,11 @@ def _biased(x: Tensor, bias: Tensor | None) -> Tensor:
     return opmath(x) if bias is None else opmath(x) + opmath(bias)
 
 
-def _noise(x: Tensor, p: float) -> Tensor:
+def _noise(x: Tensor, rows: torch.Size, p: float) -> Tensor:
     """A seed, where a kernel will run, which makes the mask from it, or else the mask."""
     if will_run_kernel("bias_act_dropout", "bias_act_dropout_fwd", x):
         return torch.randint(2**63 - 1, (), device=x.device)
-    return drawn_mask(x, p)
+    return drawn_mask(x, p).reshape(rows)  # drawn as torch does, in the order of memory
 
 
 def _mask(noise: Tensor, x: Tensor, p: float) -> Tensor:

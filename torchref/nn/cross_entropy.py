@@ -41,6 +41,9 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             gradient_in_forward=self.gradient_in_forward,
         )
 
+    def extra_repr(self) -> str:
+        return "gradient_in_forward=True" if self.gradient_in_forward else ""
+
 
 def cross_entropy(
     input: Tensor,
@@ -236,9 +239,12 @@ class CrossEntropyOnceFunction(Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The loss, the gradient, and what it still has to be divided by."""
         total = _divisor(x, target, weight, reduction, ignore_index)
-        one = torch.ones_like(total)
-        # A mean's gradient may be below float16's smallest number before a loss scale raises it.
-        now, later = (one, total) if x.dtype == torch.float16 else (total, one)
+        now, later = total, torch.ones_like(total)
+        if x.dtype == torch.float16:
+            # Its smallest number is above what a loss scale may still raise: as large as fits.
+            largest = later if weight is None else opmath(weight).abs().amax()
+            now = largest / 2**15
+            later = total / now
         loss, dx = cross_entropy_once_fwd(x, target, weight, now, ignore_index, smoothing)
         # of no rows the gradient is 0, and stays it
         return rounded(loss / total, x), dx, torch.where(later == 0, 1, later)

@@ -5,7 +5,8 @@ gives a program COLS columns of one part of the rows: it writes the gradient til
 the sum of each column, which it leaves as one partial result; they are added up in a fixed order.
 The mask comes from Philox as in dropout.py, a row beginning with a counter of its own, so that four
 neighbours of one counter are in one row; a ReLU's backward reads it off the output. Moves 2
-elements forward and 3 backward for each of x. Computes in float32.
+elements forward and 3 backward for each of x; the bias is read from the cache, once for a tile, and
+of partial results there is at most one for four tiles' rows. Computes in float32.
 """
 
 import torch

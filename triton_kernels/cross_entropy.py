@@ -6,7 +6,8 @@ float32 numbers a row; backward reads and writes a tile at a time, with no reduc
 Each program leaves one partial loss and one partial divisor, summed in a fixed order by one more.
 
 Asked to make the gradient in forward, a program has its rows' sums at hand and reads the scores
-once more, from registers or cache up to 16,384 columns: 2 elements in all.
+once more: 3 elements, of which up to 16,384 columns the second reading finds its own in the cache.
+Backward moves nothing where the upstream gradient is 1, else 2; in float16 always 2.
 
 A target that is ignored forms no address. Nor does one out of range: its loss and its gradient
 are NaN, because a kernel cannot raise.

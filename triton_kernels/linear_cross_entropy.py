@@ -1,8 +1,8 @@
 """The losses of rows of scores, which become their own gradient: cross-entropy in place.
 
 The scores are a private chunk, contiguous, (rows, K); the kernel is that of the cross-entropy that
-makes its gradient in forward. Moves 3 elements for each score, 1 without the gradient, of which up
-to 16,384 columns come from registers or cache the second time.
+makes its gradient in forward. Moves 3 elements for each score, 1 without the gradient; of the 3
+the second reading finds up to 16,384 columns in the cache.
 """
 
 from torch import Tensor

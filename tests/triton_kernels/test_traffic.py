@@ -20,9 +20,11 @@ import torchref.optim
 from torchref.triton_kernels import (
     _launch,
     batch_norm,
+    bias_act_dropout,
     cross_entropy,
     dropout,
     linear,
+    linear_cross_entropy,
     loss,
     softmax,
 )
@@ -34,7 +36,7 @@ X, DY = torch.randn(N, C), torch.randn(N, C)
 NCHW, NHWC = torch.randn(8, 16, 16, 32), torch.randn(8, 16, 32, 16).movedim(-1, 1)
 TARGET, WEIGHT = torch.randint(0, C, (N,)), torch.rand(C)
 ROWS, CHANNELS = torch.rand(N), torch.rand(16) + 0.5
-ONE = torch.ones(())
+ONE, THREE = torch.ones(()), torch.full((), 3.0)
 SEED = torch.tensor(3)
 
 # What the table in the kernels' docstrings promises: launches, and elements moved for each of x.
@@ -91,6 +93,32 @@ CASES: dict[str, tuple[Callable[[], Any], int, float]] = {
         1,
         1,
     ),
+    # the second reading of the scores, of a program's own rows just read, is counted too
+    "cross-entropy and its gradient": (
+        lambda: cross_entropy.cross_entropy_once_fwd(X, TARGET, None, ONE, -100, None),
+        2,
+        3,
+    ),
+    "cross-entropy and its gradient, upstream 1": (
+        lambda: cross_entropy.cross_entropy_once_bwd(X.clone(), ONE),
+        2,  # one is the clone
+        0,
+    ),
+    "cross-entropy and its gradient, upstream 3": (
+        lambda: cross_entropy.cross_entropy_once_bwd(X.clone(), THREE),
+        2,
+        2,
+    ),
+    "cross-entropy of a chunk": (
+        lambda: linear_cross_entropy.losses_fwd(X.clone(), TARGET, None, -100, None, True),
+        2,
+        3,
+    ),
+    "cross-entropy of a chunk, losses alone": (
+        lambda: linear_cross_entropy.losses_fwd(X, TARGET, None, -100, None, False),
+        1,
+        1,
+    ),
     "mse": (lambda: loss.mse_loss_fwd(X, DY, "mean"), 2, 2),
     "mse, not reduced": (lambda: loss.mse_loss_fwd(X, DY, "none"), 1, 3),
     "mse backward": (lambda: loss.mse_loss_bwd(ONE, X, DY, "mean"), 1, 3),
@@ -102,6 +130,40 @@ CASES: dict[str, tuple[Callable[[], Any], int, float]] = {
     ),
     "bias gradient": (lambda: linear.linear_bias_bwd(DY), 1, 1),
 }
+for activation, seed in itertools.product(("relu", "gelu"), (None, SEED)):
+    # a ReLU's backward reads the mask off the output
+    noise, p = None if activation == "relu" else seed, 0.0 if seed is None else 0.5
+    words = f"{activation}{'' if seed is None else ', dropped'}"
+    CASES |= {
+        f"bias, {words}": (
+            lambda a=activation, s=seed, p=p: bias_act_dropout.bias_act_dropout_fwd(
+                X, WEIGHT, s, a, 0.0, p
+            ),
+            1,
+            2 + 1 / 8,  # eight rows in a tile share one reading of the bias, which stays in L1
+        ),
+        f"bias, {words}, backward": (
+            lambda a=activation, s=noise, p=p: bias_act_dropout.bias_act_dropout_bwd(
+                DY, X, WEIGHT, s, a, 0.0, p, (True, True)
+            ),
+            2,
+            3 + 2 / 32,  # a partial sum of each column for 32 rows, written and read
+        ),
+        f"bias, {words}, backward of x alone": (
+            lambda a=activation, s=noise, p=p: bias_act_dropout.bias_act_dropout_bwd(
+                DY, X, WEIGHT, s, a, 0.0, p, (True, False)
+            ),
+            1,
+            3,
+        ),
+        f"bias, {words}, backward of the bias alone": (
+            lambda a=activation, s=noise, p=p: bias_act_dropout.bias_act_dropout_bwd(
+                DY, X, WEIGHT, s, a, 0.0, p, (False, True)
+            ),
+            2,
+            2 + 2 / 32,
+        ),
+    }
 for layout, x, launches in (("NCHW", NCHW, 2), ("NHWC", NHWC, 3)):  # of which one merges parts
     parameters = (CHANNELS, CHANNELS, CHANNELS, CHANNELS)
     CASES |= {

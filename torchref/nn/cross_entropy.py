@@ -81,8 +81,8 @@ def cross_entropy(
         reduction: ``"mean"`` (over the weights of the index targets, or over the rows of
             probability targets), ``"sum"`` or ``"none"``.
         label_smoothing: :math:`\varepsilon` in [0, 1].
-        gradient_in_forward: make :math:`dx` along with the loss, which reads the scores once
-            instead of twice, and keep it instead of them. For a mean or a sum over index targets,
+        gradient_in_forward: make :math:`dx` along with the loss, while the scores are in the
+            cache, and keep it instead of them. For a mean or a sum over index targets,
             and for one backward pass: it hands :math:`dx` over, and a second one raises.
 
     Returns:

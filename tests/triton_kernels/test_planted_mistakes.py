@@ -315,6 +315,47 @@ def strided_statistics():
     torch.testing.assert_close(*moved)
 
 
+def composed(*args: Any, activation: str, param: float | None, residual: torch.Tensor | None):
+    y = theirs.batch_norm(*args)
+    y = y if residual is None else y + residual
+    return getattr(theirs, activation)(y, *(() if param is None else (param,)))
+
+
+def norm_act(
+    activation: str,
+    residual: torch.Tensor | None = None,
+    training: bool = True,
+    param: float | None = None,
+    frozen: bool = False,
+    x: torch.Tensor | None = None,
+    **kwargs: Any,
+):
+    x = SMALL if x is None else x
+    channels = x.shape[1]
+    running = [torch.rand(channels) + 0.5 for _ in range(2)]
+    parameters = [torch.rand(channels) + offset for offset in (0.5, -0.5)]
+    inputs = x, *running, *(t.requires_grad_(not frozen) for t in parameters), training
+    kwargs |= {"activation": activation, "param": param, "residual": residual}
+    return partial(assert_parity, ours.batch_norm_act, composed, *inputs, **kwargs)
+
+
+def residual_mask():
+    """Its gradient is made wherever that of x passes through it, and is nobody's unless wanted."""
+    x, one = torch.randn(6, 3), torch.ones(3)
+    for wanted in (
+        (True, True, True, False),
+        (True, False, False, True),
+        (False, True, False, False),
+    ):
+        for name, more in (("batch_norm_bwd", ()), ("batch_norm_eval_bwd", (1e-5,))):
+            then = one, x, "silu", 0.0
+            gradients = launcher("batch_norm", name)(x, x, one, one, one, *more, wanted, *then)
+            assert tuple(g is not None for g in gradients) == wanted
+
+
+SMALL, ADDED = numbers(5, 3, 4, 6, mean=0.5), numbers(5, 3, 4, 6)
+TURNED = numbers(5, 3, 6, 4).detach().mT.requires_grad_()
+ODD, ODD_ADDED = numbers(1, 7, 11), numbers(1, 7, 11)
 NCHW = numbers(7, 3, 5, 5, mean=1.0)
 MAPS = numbers(66, 3, 5, mean=1.0)  # columns of several channels
 FAR = numbers(150, 3, mean=300.0)
@@ -1564,6 +1605,191 @@ BATCH_NORM = [
             "_total(dscale, COLUMNS) * _rstd(spread_ptr, channel, known, eps, EVAL)",
             "_total(dscale, COLUMNS)",
             norm(NCHW),
+        ),
+    ),
+    *in_file(
+        "batch_norm.py",
+        SPLIT,
+        (
+            "residual left out",
+            "u += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)",
+            "u += 0.0",
+            norm_act("relu", ADDED),
+        ),
+        ("activation left out", "y = MATH(y, a, b)", "y += 0.0", norm_act("silu")),
+        (
+            "residual after the activation",
+            "bias_ptr, residual_ptr, at, inside)\n    if MATH is not None:\n"
+            "        y = MATH(y, a, b)\n",
+            "bias_ptr, None, at, inside)\n    if MATH is not None:\n"
+            "        y = MATH(y, a, b)\n    if residual_ptr is not None:\n"
+            "        y += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)\n",
+            norm_act("silu", ADDED),
+        ),
+        (
+            "activation's gradient at the input",
+            "return MATH(dy, u, a, b)",
+            "return MATH(dy, x, a, b)",
+            norm_act("silu"),
+        ),
+        (
+            "a ReLU's mask from the input",
+            "return MATH(dy, u, a, b)",
+            "return MATH(dy, x, a, b)",
+            norm_act("relu", ADDED),
+        ),
+        (
+            "a kept residual taken for the output",
+            'activation == "relu" and kept is not None',
+            "kept is not None",
+            norm_act("silu", ADDED),
+        ),
+        (
+            "a kept output taken for the residual",
+            'activation == "relu" and kept is not None',
+            "False",
+            norm_act("relu", ADDED),
+        ),
+        (
+            "bias left out of what the activation saw",
+            "mean[None, :], scale[None, :], shift[None, :]",
+            "mean[None, :], scale[None, :], 0 * shift[None, :]",
+            norm_act("silu"),
+        ),
+        (
+            "weight left out of what the activation saw",
+            "mean[None, :], scale[None, :], shift[None, :]",
+            "mean[None, :], _rstd(spread_ptr, channel, known, eps, EVAL)[None, :], shift[None, :]",
+            norm_act("silu"),
+        ),
+        (
+            "the running variance taken for 1 / deviation",
+            "channel, known, eps, EVAL\n        )\n        mean, scale",
+            "channel, known, eps, False\n        )\n        mean, scale",
+            norm_act("silu", training=False),
+        ),
+        (
+            "residual's gradient not written by the sums",
+            "tl.store(dresidual_ptr + at, dy, mask=inside)",
+            "pass",
+            norm_act("relu", ADDED),
+        ),
+        (
+            "residual's gradient not written by the pass that is alone",
+            "tl.store(dresidual_ptr + at, dx, mask=inside)",
+            "pass",
+            norm_act("relu", ADDED, training=False, frozen=True),
+        ),
+        (
+            "residual's gradient from before the activation's",
+            "tl.store(dresidual_ptr + at, dy, mask=inside)",
+            "tl.store(dresidual_ptr + at, tl.load(dy_ptr + at, mask=inside), mask=inside)",
+            norm_act("silu", ADDED),
+        ),
+        (
+            "mask missing on the store of the residual's gradient",
+            "tl.store(dresidual_ptr + at, dy, mask=inside)",
+            "tl.store(dresidual_ptr + at, dy)",
+            norm_act("silu", ODD_ADDED, x=ODD),
+        ),
+        (
+            "mask missing on the store of the residual's gradient, alone",
+            "tl.store(dresidual_ptr + at, dx, mask=inside)",
+            "tl.store(dresidual_ptr + at, dx)",
+            norm_act("silu", ODD_ADDED, x=ODD, training=False, frozen=True),
+        ),
+        (
+            "a residual alone has no gradient",
+            "or wants_dbias or not wants_dx",
+            "or wants_dbias",
+            norm_act("silu", ADDED, x=SMALL.detach(), training=False, frozen=True),
+        ),
+        (
+            "the second pass applies the activation's gradient again",
+            "dy, then, written_here = dresidual, _Then(None, None, 0.0, 0.0), None",
+            "dy, written_here = dresidual, None",
+            norm_act("silu", ADDED),
+        ),
+        (
+            "the second pass starts from the upstream gradient",
+            "dy, then, written_here = dresidual, _Then(None, None, 0.0, 0.0), None",
+            "then, written_here = _Then(None, None, 0.0, 0.0), None",
+            norm_act("silu", ADDED),
+        ),
+        (
+            "layout of the residual ignored, forward",
+            "residual = None if residual is None else laid_out_as(residual, x)",
+            "residual = residual",
+            norm_act("silu", TURNED.detach()),
+        ),
+        (
+            "layout of the residual ignored, backward",
+            "kept = None if kept is None else laid_out_as(kept, x)",
+            "kept = kept",
+            norm_act("silu", TURNED.detach()),
+        ),
+        (
+            "param ignored, forward",
+            "math, _, a, b = fused(activation, param)",
+            "math, _, a, b = fused(activation, 0.01)",
+            norm_act("leaky_relu", param=0.3),
+        ),
+        (
+            "param ignored, backward",
+            "_, gradient, a, b = fused(activation, param)",
+            "_, gradient, a, b = fused(activation, 0.01)",
+            norm_act("leaky_relu", ADDED, param=0.3),
+        ),
+        (
+            "input not read for the activation's gradient",
+            "x if not evaluates or then.reads_x else None",
+            "x if not evaluates else None",
+            norm_act("silu", training=False, frozen=True),
+        ),
+        (
+            "input not read for the bias's gradient",
+            "x if results[1] is not None or then.reads_x else None",
+            "x if results[1] is not None else None",
+            partial(
+                assert_parity,
+                partial(ours.batch_norm_act, activation="silu"),
+                partial(composed, activation="silu", param=None, residual=None),
+                *(SMALL, torch.zeros(3), torch.ones(3), None, torch.rand(3).requires_grad_()),
+            ),
+        ),
+        (
+            "output mask ignored: residual",
+            "dresidual = dresidual if wanted[3] else None",
+            "dresidual = dresidual",
+            residual_mask,
+        ),
+    ),
+    *in_file(
+        "activation.py",
+        {},
+        (
+            "a fused elu has no scale",
+            '"elu": (_elu, _elu_grad, None, 1.0)',
+            '"elu": (_elu, _elu_grad, None, 0.0)',
+            norm_act("elu", param=0.7),
+        ),
+        (
+            "a fused selu has elu's arguments",
+            '"selu": (_elu, _elu_grad, *SELU)',
+            '"selu": (_elu, _elu_grad, 1.0, 1.0)',
+            norm_act("selu"),
+        ),
+        (
+            "a fused sigmoid's gradient takes the input for the output",
+            "return _sigmoid_grad(dy, _sigmoid(x, a, b), a, b)",
+            "return _sigmoid_grad(dy, x, a, b)",
+            norm_act("sigmoid"),
+        ),
+        (
+            "a fused tanh's gradient takes the input for the output",
+            "return _tanh_grad(dy, _tanh(x, a, b), a, b)",
+            "return _tanh_grad(dy, x, a, b)",
+            norm_act("tanh"),
         ),
     ),
 ]

@@ -118,7 +118,8 @@ def launchers(module) -> list[Callable[..., Any]]:
 
 def _is_launcher(module, name: str, f: Callable[..., Any]) -> bool:
     is_public = f.__module__ == module.__name__ and not name.startswith("_")
-    return is_public and not name.endswith("_numbers")  # those are for tables
+    # those are for tables, and that is for other files' launchers
+    return is_public and not name.endswith("_numbers") and f is not activation.fused
 
 
 def cases() -> Iterator[Case]:
@@ -130,6 +131,7 @@ def cases() -> Iterator[Case]:
     yield from nll_losses()
     yield from losses_of_chunks()
     yield from batch_norms()
+    yield from batch_norms_with_activations()
     for dtype, shape in ((BF16, (8192, 4096)), (FP32, (8192, 1000)), (BF16, (64, 4096))):
         yield Case(linear.linear_bias_bwd, _path(dtype, shape), (meta(*shape, dtype=dtype),))
     yield from steps()
@@ -351,6 +353,38 @@ def _batch_norm_options(path: str, x: Tensor, c: Tensor) -> Iterator[Case]:
     yield Case(batch_norm.batch_norm_eval_bwd, f"{path} bare", args)
 
 
+def batch_norms_with_activations() -> Iterator[Case]:
+    for dtype, channels_last, name, residual in [
+        *itertools.product((BF16,), (False, True), ("relu", "silu"), (False, True)),
+        *(
+            (FP32, last, *then)
+            for last in (False, True)
+            for then in (("relu", True), ("silu", False))
+        ),
+        *((BF16, True, name, True) for name in activation.FUSED),
+    ]:
+        shape = (256, 64, 56, 56)
+        x, c = meta(*shape, dtype=dtype, channels_last=channels_last), meta(shape[1])
+        words = ("NHWC" if channels_last else "", name, "residual" if residual else "")
+        path, r = _path(dtype, shape, *words), x if residual else None
+        args = (x, c, c, c, c, 0.1, 1e-5, True, r, name, 0.3)
+        yield Case(batch_norm.batch_norm_fwd, path, args)
+        then = (c, r, name, 0.3)
+        args = (x, x, c, c, c, (True, True, True, residual), *then)
+        yield Case(batch_norm.batch_norm_bwd, path, args)
+        if dtype == BF16 and name in ("relu", "silu"):
+            yield from _batch_norm_act_eval(path, x, c, r, name)
+
+
+def _batch_norm_act_eval(
+    path: str, x: Tensor, c: Tensor, r: Tensor | None, name: str
+) -> Iterator[Case]:
+    yield Case(batch_norm.batch_norm_eval_fwd, path, (x, c, c, c, c, 1e-5, r, name, 0.3))
+    for words, wanted in ((" frozen", (True, False, False)), ("", (True, True, True))):
+        args = (x, x, c, c, c, 1e-5, (*wanted, r is not None), c, r, name, 0.3)
+        yield Case(batch_norm.batch_norm_eval_bwd, path + words, args)
+
+
 def steps() -> Iterator[Case]:
     sgd, rmsprop, adam = multi_tensor.sgd_step, multi_tensor.rmsprop_step, multi_tensor.adam_step
     for dtype in (FP32, BF16):
@@ -569,24 +603,32 @@ def test_every_flag_of_a_kernel_has_both_values():
 def test_every_kind_of_argument_of_a_launcher_is_given():
     missing = []
     for launcher in dict.fromkeys(case.launcher for case in cases()):
-        calls = [case.args for case in cases() if case.launcher is launcher]
+        calls = [_complete(case) for case in cases() if case.launcher is launcher]
         parameters = inspect.signature(launcher).parameters.values()
         for parameter, given in zip(parameters, zip(*calls, strict=True), strict=True):
             for kind in _kinds(parameter.annotation):
-                if not _occurs(kind, given):
+                if not _occurs(kind, given, parameter.name):
                     missing.append(f"{launcher.__name__}: {parameter}")
     assert missing == []
+
+
+def _complete(case: Case) -> tuple[Any, ...]:
+    """The arguments with those that the case leaves at their defaults."""
+    call = inspect.signature(case.launcher).bind(*case.args)
+    call.apply_defaults()
+    return call.args
 
 
 def _kinds(annotation: Any) -> tuple[Any, ...]:
     return typing.get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
 
 
-def _occurs(kind: Any, given: tuple[Any, ...]) -> bool:
+def _occurs(kind: Any, given: tuple[Any, ...], name: str) -> bool:
     if kind is bool:
         return {True, False} <= set(given)
     if kind is str:
-        return set(REDUCTIONS) <= set(given)
+        # of activations one whose gradient reads the output, and one whose does not
+        return set({"reduction": REDUCTIONS, "activation": ("relu", "silu")}[name]) <= set(given)
     return any(isinstance(value, typing.get_origin(kind) or kind) for value in given)
 
 

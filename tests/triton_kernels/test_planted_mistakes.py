@@ -25,6 +25,7 @@ import torch.nn.functional as theirs
 
 import torchref.nn.functional as ours
 from torchref import dispatch
+from torchref.nn import bias_act_dropout as formulas
 from torchref.testing import assert_parity
 
 if os.environ.get("TRITON_INTERPRET") != "1" or dispatch.get_backend() != "triton":
@@ -50,6 +51,7 @@ LAST = torch.channels_last
 BLOCKS = {"BYTES": 64}
 LOOP = {"WIDEST_FWD": 16, "WIDEST_BWD": 16, "LOOP_COLS": 1}  # 16 or 32 columns a step
 TABLES = {"CHUNK": tl.constexpr(32), "BLOCK": tl.constexpr(16)}
+TILES = {"TILE": 64}  # four rows of up to 16 columns
 SPLIT = {"SHARE_BYTES": 256, "STATS_TILE": 64, "SUMS_TILE": 64, "MAP_BYTES": 256}
 
 
@@ -189,6 +191,59 @@ def many_partial_losses():
     torch.testing.assert_close(total.double(), expected[1], rtol=1e-6, atol=0)
 
 
+def once(x: torch.Tensor, target=None, factor: float = 1.0, **kwargs: Any):
+    """The gradient made in forward."""
+    target = indices(x) if target is None else target
+    mine = partial(ours.cross_entropy, gradient_in_forward=True)
+    pair = [lambda *a, f=f, **kw: f(*a, **kw) * factor for f in (mine, theirs.cross_entropy)]
+    return partial(assert_parity, *pair, x, target, strides=False, **kwargs)
+
+
+def chunk(x: torch.Tensor, weight=None, smoothing: float | None = None):
+    """Scores that become their own gradient."""
+    target, scores = indices(x), x.detach().double().requires_grad_()
+
+    def check():
+        mine = x.detach().clone()
+        losses = launcher("linear_cross_entropy", "losses_fwd")(
+            mine, target, weight, -100, smoothing, True
+        )
+        options = {"label_smoothing": smoothing or 0.0, "reduction": "none"}
+        weights = None if weight is None else weight.double()
+        expected = theirs.cross_entropy(scores, target, weights, **options)
+        (dx,) = torch.autograd.grad(expected.sum(), scores)
+        for result, truth in ((losses, expected), (mine, dx)):
+            torch.testing.assert_close(result.double(), truth, rtol=1e-5, atol=1e-6)
+
+    return check
+
+
+def nan_in_an_ignored_row_once():
+    for smoothing in (0.0, 0.1):
+        x = torch.tensor([[NAN, 1.0], [0.0, 1.0]], requires_grad=True)
+        kwargs = {"label_smoothing": smoothing, "gradient_in_forward": True}
+        loss = ours.cross_entropy(x, torch.tensor([-100, 0]), **kwargs)
+        loss.backward()
+        assert loss.isfinite()
+        assert x.grad[0].tolist() == [0.0, 0.0]
+
+
+def target_out_of_range_once():
+    scores = torch.randn(3, 5)
+    losses = launcher("linear_cross_entropy", "losses_fwd")(
+        scores, torch.tensor([0, 5, 2]), None, -100, None, True
+    )
+    assert losses.isnan().tolist() == [False, True, False]
+    assert scores.isnan().any(1).tolist() == [False, True, False]
+
+
+def losses_alone_leave_the_scores():
+    scores = torch.randn(3, 5)
+    before, losses = scores.clone(), launcher("linear_cross_entropy", "losses_fwd")
+    losses(scores, torch.tensor([0, 4, 2]), None, -100, None, False)
+    assert torch.equal(scores, before)
+
+
 # What the tests of losses assert.
 BCE, LOGITS = "binary_cross_entropy", "binary_cross_entropy_with_logits"
 PAIR = numbers(37), numbers(37)
@@ -268,6 +323,27 @@ def dropout_leaves_its_input():
     x = torch.ones(64)
     assert ours.dropout(x) is not x
     assert torch.equal(x, torch.ones(64))
+
+
+# What the tests of bias_act_dropout assert.
+def biased(*shape: int, activation: str = "gelu", p: float = 0.0, bias=None, **kwargs: Any):
+    """Torch's pieces, with the mask that the formula makes of the seed."""
+    bias = numbers(shape[1]) if bias is None else bias
+
+    def composed(x, bias):
+        y = getattr(theirs, activation)(x + bias)
+        if p == 0:
+            return y
+        kept = formulas._mask(torch.randint(2**63 - 1, ()), y, p)
+        return y * (kept.to(y.dtype) / (1 - p))
+
+    mine = partial(ours.bias_act_dropout, p=p, activation=activation)
+    return partial(assert_parity, mine, composed, numbers(*shape), bias, **kwargs)
+
+
+def dropped_nan_stays_after_a_bias():
+    x = torch.full((20, 7), NAN)
+    assert ours.bias_act_dropout(x, torch.ones(7), 0.5, activation="gelu").isnan().all()
 
 
 # What the tests of batch normalization assert.
@@ -936,12 +1012,14 @@ CROSS_ENTROPY = [
             "loss = tl.where(kept, loss, 0.0)  # an ignored row may hold a NaN",
             "loss = loss * kept.to(tl.float32)",
             nan_in_an_ignored_row,
+            2,
         ),
         (
             "an ignored row in the smoothed loss",
             "loss = tl.where(kept, loss, 0.0)  # an ignored row may hold a NaN",
             "loss = tl.where(inside, loss, 0.0)",
             entropy(numbers(13, 7), label_smoothing=0.1),
+            2,
         ),
         (
             "a NaN in an ignored row poisons the likelihood",
@@ -954,12 +1032,14 @@ CROSS_ENTROPY = [
             'dx = tl.where(valid[:, None], dx, tl.where(kept, float("nan"), 0.0)[:, None])',
             "dx = dx",
             entropy(BATCH, label_smoothing=0.1),
+            2,
         ),
         (
             "a NaN in an ignored row gets a gradient",
             'dx = tl.where(valid[:, None], dx, tl.where(kept, float("nan"), 0.0)[:, None])',
             "dx = dx",
             nan_in_an_ignored_row,
+            2,
         ),
         (
             "ignored rows in the mean's divisor",
@@ -984,18 +1064,21 @@ CROSS_ENTROPY = [
             "p * tl.load(weight_sum_ptr) - _weights(weight_ptr, first, cols, COLS)",
             "p * cols - 1",
             entropy(BATCH, weight=WEIGHT, label_smoothing=0.1),
+            2,
         ),
         (
             "label smoothing left out of forward",
             "loss = (1 - smoothing) * loss + spread",
             "loss = loss",
             entropy(BATCH, label_smoothing=0.1),
+            2,
         ),
         (
             "label smoothing left out of backward",
             "dx = (1 - smoothing) * dx + smoothing / cols * smooth",
             "dx = dx",
             entropy(BATCH, label_smoothing=0.1),
+            2,
         ),
         (
             "padding of a smoothed row is 0 * inf",
@@ -1026,8 +1109,14 @@ CROSS_ENTROPY = [
             entropy(BATCH, name="nll_loss"),
             2,
         ),
-        ("logits overwritten", "dx = torch.empty_like(x)", "dx = x", entropy(BATCH)),
-        ("a second backward sees a gradient", "dx = torch.empty_like(x)", "dx = x", logits_survive),
+        ("logits overwritten", "dx = torch.empty_like(x)", "dx = x", entropy(BATCH), 2),
+        (
+            "a second backward sees a gradient",
+            "dx = torch.empty_like(x)",
+            "dx = x",
+            logits_survive,
+            2,
+        ),
         (
             "partial sums sized by floor",
             "torch.empty((programs, 2)",
@@ -1063,7 +1152,7 @@ CROSS_ENTROPY = [
             "target.contiguous()",
             "target",
             entropy(numbers(4, 5, 3), torch.randint(0, 5, (3, 4)).t()),
-            4,
+            5,
         ),
         (
             "class weights assumed contiguous",
@@ -1145,6 +1234,7 @@ CROSS_ENTROPY = [
             "range(0, cols, COLS)",
             "range(0, cols // COLS * COLS, COLS)",
             entropy(WIDE),
+            2,
         ),
         (
             "probabilities: no pivot at a large mean, wide rows",
@@ -1157,6 +1247,294 @@ CROSS_ENTROPY = [
             'tl.where(tl.abs(first_x) < float("inf"), first_x, 0.0)',
             "first_x",
             entropy(MINUS_INF_FIRST, label_smoothing=0.1),
+        ),
+    ),
+]
+
+ONCE = [  # its barrier shows on a GPU only
+    *in_file(
+        "cross_entropy.py",
+        BLOCKS,
+        (
+            "once: the score picked as if rows were contiguous",
+            'picked = tl.load(x_ptr + start + target * inner, mask=valid, other=float("nan")).to(',
+            'picked = tl.load(x_ptr + start + target, mask=valid, other=float("nan")).to(',
+            once(numbers(4, 5, 3)),
+        ),
+        (
+            "once: a target out of range is an address",
+            'target * inner, mask=valid, other=float("nan")).to(',
+            'target * inner, mask=kept, other=float("nan")).to(',
+            target_out_of_range_once,
+        ),
+        (
+            "once: the maximum left out of the loss",
+            "\n    loss = row_weight * (row_max - picked + log_sum)",
+            "\n    loss = row_weight * (log_sum - picked)",
+            once(BATCH),
+        ),
+        (
+            "once: the maximum left out of the gradient",
+            "p = tl.exp(x - row_max[:, None] - log_sum[:, None])",
+            "p = tl.exp(x - log_sum[:, None])",
+            once(BATCH),
+        ),
+        (
+            "once: class weights left out of the gradient",
+            "dx = row_weight[:, None] * (p - hit)",
+            "dx = kept.to(tl.float32)[:, None] * (p - hit)",
+            once(BATCH, weight=WEIGHT),
+        ),
+        (
+            "once: label smoothing left out of the loss",
+            "\n        loss = (1 - smoothing) * loss + spread",
+            "\n        loss = loss",
+            chunk(BATCH, smoothing=0.1),
+        ),
+        (
+            "once: label smoothing left out of the gradient",
+            "                dx = (1 - smoothing) * dx + smoothing / cols * smooth",
+            "                dx = dx",
+            once(BATCH, label_smoothing=0.1),
+        ),
+        (
+            "once: class weights left out of the smoothing's gradient",
+            "                    smooth = p * tl.load(weight_sum_ptr) - _weights(",
+            "                    smooth = p * cols - 1 + 0 * _weights(",
+            chunk(BATCH, WEIGHT, 0.1),
+        ),
+        (
+            "once: divisor left out of the gradient",
+            "                dx /= tl.load(total_ptr)",
+            "                dx = dx",
+            once(BATCH),
+        ),
+        (
+            "once: an ignored row in the loss",
+            "\n    loss = tl.where(kept, loss, 0.0)",
+            "\n    loss = loss * kept.to(tl.float32)",
+            nan_in_an_ignored_row_once,
+        ),
+        (
+            "once: an ignored row in the gradient",
+            "            dx = tl.where(valid[:, None], dx,",
+            "            dx = tl.where((valid | ~kept)[:, None], dx,",
+            nan_in_an_ignored_row_once,
+        ),
+        (
+            "once: mask missing on the store",
+            "tl.store(dx_ptr + here, dx, mask=mask)",
+            "tl.store(dx_ptr + here, dx, mask=inside[:, None])",
+            chunk(BATCH),
+        ),
+        (
+            "once: the upstream gradient left out",
+            "    if factor != 1:",
+            "    if factor == 0:",
+            once(BATCH, factor=3.0),
+        ),
+        (
+            "once: mask missing on the store of the last block",
+            "tl.store(x_ptr + i, x * factor, mask=inside)",
+            "tl.store(x_ptr + i, x * factor)",
+            once(BATCH, factor=3.0),
+        ),
+        (
+            "once: grid one program short, backward",
+            "launch(_scale_kernel, cdiv(dx.numel(), block)",
+            "launch(_scale_kernel, dx.numel() // block",
+            once(BATCH, factor=3.0),
+        ),
+        (
+            "once: whole blocks left as they were",
+            "tl.store(x_ptr + i, tl.load(x_ptr + i).to(tl.float32) * factor)",
+            "tl.store(x_ptr + i, tl.load(x_ptr + i).to(tl.float32))",
+            once(BATCH, factor=3.0),
+        ),
+    ),
+    *in_file(
+        "cross_entropy.py",
+        LOOP,
+        (
+            "once: end of a wide row without a gradient",
+            "for first in range(0, cols, COLS):\n"
+            "            mask = inside[:, None] & columns_left(cols, first, COLS)[None, :]\n"
+            "            here = tile_offsets(",
+            "for first in range(0, cols // COLS * COLS, COLS):\n"
+            "            mask = inside[:, None] & columns_left(cols, first, COLS)[None, :]\n"
+            "            here = tile_offsets(",
+            once(WIDE),
+        ),
+        (
+            "once: every tile of a wide row on the first",
+            "tile_offsets(start, col, inner, STRIDED) + first * inner\n            x =",
+            "tile_offsets(start, col, inner, STRIDED)\n            x =",
+            chunk(WIDE),
+        ),
+    ),
+    *in_file(
+        "linear_cross_entropy.py",
+        {},
+        (
+            "a gradient that nobody wants overwrites the scores",
+            "dx = x if gradient else None",
+            "dx = x",
+            losses_alone_leave_the_scores,
+        ),
+    ),
+]
+
+BIAS_ACT = [
+    *in_file(
+        "bias_act_dropout.py",
+        TILES,
+        (
+            "bias left out of forward",
+            "MATH(x + _bias(bias_ptr, c, cols), a, b)",
+            "MATH(x, a, b)",
+            biased(20, 7),
+        ),
+        (
+            "bias left out of backward",
+            "MATH(dx, kept + bias, a, b)",
+            "MATH(dx, kept, a, b)",
+            biased(20, 7),
+        ),
+        (
+            "scale left out of forward",
+            "y *= tl.where(_kept(seed_ptr, row, col, cols, threshold, ROWS, COLS), scale, 0.0)",
+            "y *= tl.where(_kept(seed_ptr, row, col, cols, threshold, ROWS, COLS), 1.0, 0.0)",
+            biased(20, 7, p=0.4),
+        ),
+        (
+            "scale left out of backward",
+            "dx *= tl.where(_kept(seed_ptr, row, col, cols, threshold, ROWS, COLS), scale, 0.0)",
+            "dx *= tl.where(_kept(seed_ptr, row, col, cols, threshold, ROWS, COLS), 1.0, 0.0)",
+            biased(20, 7, p=0.4),
+        ),
+        (
+            "scale left out of a ReLU's backward",
+            "dx *= scale  #",
+            "dx *= 1.0  #",
+            biased(20, 7, activation="relu", p=0.4),
+        ),
+        (
+            "every tile's mask is the first's, rows",
+            "r = tl.cast(row, tl.int64) + tl.arange(0, ROWS)",
+            "r = tl.cast(row, tl.int64) * 0 + tl.arange(0, ROWS)",
+            biased(20, 7, p=0.4),
+        ),
+        (
+            "two rows share a counter",
+            "quads = (cols + 3) // 4",
+            "quads = cols // 4",
+            biased(20, 7, p=0.4),
+        ),
+        (
+            "backward's mask is another",
+            "dx *= tl.where(_kept(seed_ptr, row,",
+            "dx *= tl.where(_kept(seed_ptr, row + 1,",
+            biased(20, 7, p=0.4),
+        ),
+        (
+            "p keeps instead of dropping",
+            "round(p * 2**32)",
+            "round((1 - p) * 2**32)",
+            biased(20, 7, p=0.3),
+        ),
+        (
+            "a dropped NaN becomes 0",
+            "y *= tl.where(_kept(seed_ptr, row, col, cols, threshold, ROWS, COLS), scale, 0.0)",
+            "y = tl.where(_kept(seed_ptr, row, col, cols, threshold, ROWS, COLS), y * scale, 0.0)",
+            dropped_nan_stays_after_a_bias,
+        ),
+        (
+            "partial sums of the first part alone",
+            "add_up_rows(partial)",
+            "partial[0]",
+            biased(70, 7),
+        ),
+        (
+            "a part's rows reach into the next",
+            "last = tl.minimum((part + 1) * rows_of_part, rows)",
+            "last = rows",
+            biased(70, 7),
+        ),
+        (
+            "last rows of the last part dropped",
+            "*(*args, cdiv(rows, parts))",
+            "*(*args, rows // parts)",
+            biased(70, 7),
+        ),
+        (
+            "rows of a part's end counted twice",
+            "inside = (r < tl.minimum(last - row, ROWS).to(tl.int32))[:, None]",
+            "inside = (r < ROWS)[:, None]",
+            biased(72, 7),
+        ),
+        (
+            "column mask missing on the store of partial sums",
+            "tl.sum(sums, axis=0), mask=c < cols)",
+            "tl.sum(sums, axis=0))",
+            biased(20, 7),
+        ),
+        (
+            "column mask missing on the store, forward",
+            "tl.store(y_ptr + at, y, mask=inside)",
+            "tl.store(y_ptr + at, y)",
+            biased(20, 7),
+        ),
+        (
+            "column mask missing on the store, backward",
+            "tl.store(dx_ptr + at, dx, mask=inside)",
+            "tl.store(dx_ptr + at, dx)",
+            biased(20, 7),
+        ),
+        (
+            "last rows dropped",
+            "cdiv(rows, height) * cdiv(cols, width)",
+            "rows // height * cdiv(cols, width)",
+            biased(21, 7),
+        ),
+        (
+            "upstream gradient assumed contiguous",
+            "dy, kept = dy.contiguous(), kept.contiguous()",
+            "dy, kept = dy, kept.contiguous()",
+            biased(5, 7, upstream=torch.randn(7, 5).t()),
+        ),
+        (
+            "bias assumed contiguous",
+            "return None if t is None else t.contiguous()",
+            "return t",
+            biased(5, 7, bias=(torch.rand(14) + 0.5)[::2].requires_grad_()),
+        ),
+        (
+            "an activation for another's gradient",
+            "_, gradient, a, b = fused(activation, param)",
+            '_, gradient, a, b = fused("gelu_tanh", param)',
+            biased(20, 7),
+        ),
+    ),
+    *in_file(
+        "bias_act_dropout.py",
+        {},  # two tiles across
+        (
+            "every tile's mask is the first's, columns",
+            "q = col // 4 + tl.arange(0, COLS // 4)",
+            "q = tl.arange(0, COLS // 4)",
+            biased(5, 277, p=0.4),
+        ),
+        (
+            "last columns dropped, forward",
+            "cdiv(rows, height) * cdiv(cols, width)",
+            "cdiv(rows, height) * max(1, cols // width)",
+            biased(5, 277),
+        ),
+        (
+            "last columns dropped, backward",
+            "across = cdiv(cols, width)",
+            "across = cols // width",
+            biased(5, 277),
         ),
     ),
 ]
@@ -2199,8 +2577,8 @@ MULTI_TENSOR = [
     ),
 ]
 
-MISTAKES = [*ACTIVATION, *SHARED, *SOFTMAX, *CROSS_ENTROPY, *LOSS, *DROPOUT, *BATCH_NORM]
-MISTAKES += MULTI_TENSOR
+MISTAKES = [*ACTIVATION, *SHARED, *SOFTMAX, *CROSS_ENTROPY, *ONCE, *LOSS, *DROPOUT, *BATCH_NORM]
+MISTAKES += [*BIAS_ACT, *MULTI_TENSOR]
 IDS = [f"{mistake.file.removesuffix('.py')}: {mistake.name}" for mistake in MISTAKES]
 
 
@@ -2257,5 +2635,5 @@ def test_planted_mistakes_are_caught(mistake, run_through):
 def test_every_size_made_small_is_there():
     """A size that was renamed would leave a loop or a split untried."""
     texts = "".join(path.read_text() for path in KERNELS.glob("*.py"))
-    for size in BLOCKS | LOOP | SPLIT | TABLES:
+    for size in BLOCKS | LOOP | SPLIT | TABLES | TILES:
         assert f"\n{size} = " in texts

@@ -65,6 +65,29 @@ def test_batch_norm_of_channels_last(shape, training, dtype):
     assert_parity(*[m.to(dtype).train(training) for m in pair], x.requires_grad_())
 
 
+@pytest.mark.parametrize("activation", ["relu", "gelu_tanh"])  # from the output, and not
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("added", [True, False])
+def test_batch_norm_and_what_follows_it_of_channels_last(added, training, dtype, activation):
+    def composed(*args, activation, residual):
+        y = theirs.batch_norm(*args)
+        y = y if residual is None else y + residual
+        return theirs.relu(y) if activation == "relu" else theirs.gelu(y, approximate="tanh")
+
+    x, residual = (
+        torch.randn(7, 24, 31, 29, device=DEVICE, dtype=dtype)
+        .to(memory_format=torch.channels_last)
+        .requires_grad_()
+        for _ in range(2)
+    )
+    channels = [(torch.rand(24, device=DEVICE) + 0.5).to(dtype) for _ in range(4)]
+    parameters = [c.requires_grad_() for c in channels[2:]]
+    kwargs = {"activation": activation, "residual": residual if added else None}
+    inputs = x, *channels[:2], *parameters, training
+    assert_parity(ours.batch_norm_act, composed, *inputs, **kwargs)
+
+
 @every_piece
 def test_results_repeat_bit_by_bit(piece):
     inputs = large(piece, DEVICE)
@@ -252,6 +275,8 @@ KEPT = {
     "nll_loss": 4,
     "batch_norm_train": CHANNELS * 8,
     "batch_norm_eval": CHANNELS * 8,  # this piece makes its running statistics itself
+    "batch_norm_act_train": CHANNELS * 8,
+    "batch_norm_act_eval": CHANNELS * 8,  # likewise
 }
 
 

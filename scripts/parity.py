@@ -67,6 +67,20 @@ def cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
     yield both("BatchNorm2d", nhwc, num_features=16, note=" channels_last")
     yield both("BatchNorm2d", images, num_features=16, train=False, note=" eval")
     yield both("BatchNorm3d", draw(4, 8, 3, 5, 5), num_features=8)
+    maps = draw(4, 8, 3, 5, 5)
+    for dims, inputs, train, activation, note in [
+        (1, (rows,), True, "silu", ""),
+        (2, (images, draw(8, 16, 9, 11)), True, "relu", " residual"),
+        (2, (nhwc, draw(8, 16, 9, 11)), True, "silu", " residual, channels_last"),
+        (2, (images, draw(8, 16, 9, 11)), False, "relu", " residual, eval"),
+        (3, (maps, maps.detach().flip(0).requires_grad_()), True, "relu", " residual"),
+    ]:
+        made = getattr(torchref.nn, f"BatchNormAct{dims}d"), batch_norm_then(f"BatchNorm{dims}d")
+        ours, theirs = (
+            cls(inputs[0].shape[1], activation=activation).to(device, dtype).train(train)
+            for cls in made
+        )
+        yield f"BatchNormAct{dims}d(activation={activation}){note}", ours, theirs, inputs
     if device == "cpu":  # elsewhere the masks differ, as torch's do between devices
         yield both("Dropout", x, p=0.3)
     for name, kwargs in OPTIMIZERS:
@@ -77,6 +91,21 @@ def cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
         start = draw(1000).detach()
         gradients = torch.randn(100, 1000).to(device, dtype)
         yield f"{name}({shown})", ours, theirs, (start, gradients)
+
+
+def batch_norm_then(name: str) -> type[torch.nn.Module]:
+    """Torch's batch normalization, a sum and an activation."""
+    base = getattr(torch.nn, name)
+
+    class Composed(base):
+        def __init__(self, channels: int, activation: str) -> None:
+            super().__init__(channels)
+            self.activation = activation
+
+        def forward(self, input: Tensor, residual: Tensor | float = 0.0) -> Tensor:
+            return getattr(torch.nn.functional, self.activation)(super().forward(input) + residual)
+
+    return Composed
 
 
 def linear_then_cross_entropy(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:

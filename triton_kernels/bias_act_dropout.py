@@ -100,7 +100,7 @@ def _tile(row, last, col, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Where the elements of a tile lie, which exist, and its columns."""
     r, c = tl.arange(0, ROWS), col + tl.arange(0, COLS)
     inside = (r < tl.minimum(last - row, ROWS).to(tl.int32))[:, None] & (c < cols)[None, :]
-    return tl.cast(row, tl.int64) * cols + r[:, None] * cols + c[None, :], inside, c
+    return (tl.cast(row, tl.int64) + r)[:, None] * cols + c[None, :], inside, c
 
 
 @triton.jit

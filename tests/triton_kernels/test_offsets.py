@@ -13,8 +13,10 @@ from torchref.triton_kernels import (
     _launch,
     activation,
     batch_norm,
+    bias_act_dropout,
     cross_entropy,
     dropout,
+    linear_cross_entropy,
     loss,
     multi_tensor,
     softmax,
@@ -51,6 +53,8 @@ class OuterPrograms:
         self.touched: list[tuple[str, torch.Tensor, int, int]] = []
         monkeypatch.setattr(_launch, "_run", self.run)
         monkeypatch.setattr(_launch, "multiprocessors", lambda x: 1)
+        # so many that a part is of four tiles, however many rows there are
+        monkeypatch.setattr(bias_act_dropout, "multiprocessors", lambda x: 2**24)
         monkeypatch.setattr(interpreter.GridExecutor, "_init_args_hst", lambda self, a, k: (a, k))
         monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda self, *_: None)
         builder = interpreter.InterpreterBuilder
@@ -156,6 +160,29 @@ CALLS = {
     ),
     "nll backward, strided": lambda: cross_entropy.nll_loss_bwd(
         ONE, DEEP, meta(2, 2**30, dtype=LONG), None, ONE, "mean", -100
+    ),
+    # without the sum of the losses, which is one program's
+    "cross-entropy once, of many rows": lambda: cross_entropy.losses_and_gradient(
+        TALL, meta(2**31 + 7, dtype=LONG), None, -100, None, torch.empty_like(TALL), ONE
+    ),
+    "cross-entropy once, strided": lambda: cross_entropy.losses_and_gradient(
+        DEEP, meta(2, 2**30, dtype=LONG), None, -100, None, torch.empty_like(DEEP), ONE
+    ),
+    "cross-entropy once, backward": lambda: cross_entropy.cross_entropy_once_bwd(FLAT, ONE),
+    "cross-entropy of a chunk": lambda: linear_cross_entropy.losses_fwd(
+        TALL, meta(2**31 + 7, dtype=LONG), None, -100, None, True
+    ),
+    "bias and activation of many rows": lambda: bias_act_dropout.bias_act_dropout_fwd(
+        TALL, meta(3), meta(dtype=LONG), "gelu", 0.0, 0.5
+    ),
+    "bias and activation of wide rows": lambda: bias_act_dropout.bias_act_dropout_fwd(
+        WIDE, meta(2**30 + 8), meta(dtype=LONG), "gelu", 0.0, 0.5
+    ),
+    "bias and activation backward of many rows": lambda: bias_act_dropout.bias_act_dropout_bwd(
+        *[meta(2**31 + 512, 3)] * 2, meta(3), meta(dtype=LONG), "gelu", 0.0, 0.5, (True, False)
+    ),
+    "bias and activation backward of wide rows": lambda: bias_act_dropout.bias_act_dropout_bwd(
+        WIDE, WIDE, meta(2**30 + 8), meta(dtype=LONG), "gelu", 0.0, 0.5, (True, True)
     ),
     "batch norm, rows": lambda: batch_norm.batch_norm_eval_fwd(
         meta(2**16, 33, 2**11), None, None, *[meta(33, dtype=ROW)] * 2, 1e-5

@@ -48,6 +48,7 @@ from torchref.triton_kernels import (
     _launch,
     activation,
     batch_norm,
+    bias_act_dropout,
     cross_entropy,
     dropout,
     linear,
@@ -85,6 +86,12 @@ KNOWN_SPILLS: dict[Row, int] = {
     ("_batch_norm_dx_kernel", "batch_norm_bwd bf16 64x1000"): 8,  # sm_100, Triton 3.6
     ("_batch_norm_dx_kernel", "batch_norm_bwd bf16 256x64x56x56 NHWC"): 8,  # likewise
     ("_batch_norm_sums_kernel", "batch_norm_bwd bf16 256x1024x14x14"): 8,  # sm_80, Triton 3.6
+    # sm_90, Triton 3.6, at 40 registers
+    ("_batch_norm_apply_kernel", "batch_norm_fwd fp32 256x64x56x56 NHWC relu residual"): 8,
+    # sm_80, Triton 3.6
+    ("_batch_norm_apply_kernel", "batch_norm_fwd bf16 256x64x56x56 NHWC gelu_tanh residual"): 8,
+    # sm_100, Triton 3.9
+    ("_batch_norm_sums_kernel", "batch_norm_eval_bwd bf16 256x64x56x56 NHWC silu"): 8,
     ("_step_kernel", "adam_step fp32 scaled clipped"): 8,  # sm_100, Triton 3.9, at 56 registers
 }
 
@@ -118,8 +125,9 @@ def launchers(module) -> list[Callable[..., Any]]:
 
 def _is_launcher(module, name: str, f: Callable[..., Any]) -> bool:
     is_public = f.__module__ == module.__name__ and not name.startswith("_")
-    # those are for tables, and that is for other files' launchers
-    return is_public and not name.endswith("_numbers") and f is not activation.fused
+    # those are for tables, and these for other files' launchers
+    shared = (activation.fused, cross_entropy.losses_and_gradient)
+    return is_public and not name.endswith("_numbers") and f not in shared
 
 
 def cases() -> Iterator[Case]:
@@ -130,10 +138,12 @@ def cases() -> Iterator[Case]:
     yield from cross_entropies()
     yield from nll_losses()
     yield from losses_of_chunks()
+    yield from cross_entropies_once()
     yield from batch_norms()
     yield from batch_norms_with_activations()
     for dtype, shape in ((BF16, (8192, 4096)), (FP32, (8192, 1000)), (BF16, (64, 4096))):
         yield Case(linear.linear_bias_bwd, _path(dtype, shape), (meta(*shape, dtype=dtype),))
+    yield from biases_and_activations()
     yield from steps()
     yield from norms()
 
@@ -279,6 +289,55 @@ def losses_of_chunks() -> Iterator[Case]:
         x, weight, index, _ = _scores(dtype, shape, "none", weighted)
         args = (x, index, weight, -100, smoothing, gradient)
         yield Case(linear_cross_entropy.losses_fwd, path, args)
+
+
+def cross_entropies_once() -> Iterator[Case]:
+    for dtype, shape, weighted, smoothing in [
+        (BF16, (8192, 1000), False, None),
+        (BF16, (8192, 32768), False, None),  # a loop
+        (BF16, (8192, 50257), True, 0.1),  # a loop, and no row but the first aligned
+        (BF16, (8, 21, 512, 512), False, 0.1),
+        (BF16, (8, 512, 64, 64), False, None),  # a loop
+        (FP32, (8192, 1000), True, None),
+    ]:
+        path = _scores_path(dtype, shape, "", weighted, smoothing)
+        x, weight, index, _ = _scores(dtype, shape, "mean", weighted)
+        args = (x, index, weight, scalar(FP32), -100, smoothing)
+        yield Case(cross_entropy.cross_entropy_once_fwd, path, args)
+    for dtype, n in ((BF16, 2**26), (FP32, 2**26), (BF16, 2**26 + 1)):
+        path = _path(dtype, (n,) if n % 2 else ())
+        yield Case(cross_entropy.cross_entropy_once_bwd, path, (meta(n, dtype=dtype), scalar(FP32)))
+
+
+def biases_and_activations() -> Iterator[Case]:
+    for dtype, shape, name, p in [
+        *(
+            (dtype, (8192, 4096), *then)
+            for dtype in (BF16, FP32)
+            for then in (("relu", 0.0), ("relu", 0.1), ("gelu", 0.0), ("gelu", 0.1))
+        ),
+        *((BF16, (8192, 4096), name, 0.1) for name in activation.FUSED),
+        (BF16, (8192, 1000), "gelu", 0.1),
+        (BF16, (8192, 50), "relu", 0.1),
+        (BF16, (8192, 1001), "relu", 0.0),  # no row but the first aligned
+    ]:
+        x, bias = meta(*shape, dtype=dtype), meta(shape[1], dtype=dtype)
+        path = _path(dtype, shape, name, "dropped" if p else "")
+        seed = scalar(torch.int64) if p else None
+        args = (x, bias, seed, name, 0.3, p)
+        yield Case(bias_act_dropout.bias_act_dropout_fwd, path, args)
+        kept = (x, None, None) if name == "relu" else (x, bias, seed)
+        args = (x, *kept, name, 0.3, p)
+        yield Case(bias_act_dropout.bias_act_dropout_bwd, path, (*args, (True, True)))
+    seed = scalar(torch.int64)
+    x, full = meta(8192, 4096, dtype=BF16), meta(4096)
+    args = (x, full, seed, "silu", 0.3, 0.1)
+    yield Case(bias_act_dropout.bias_act_dropout_fwd, "bf16 8192x4096 bias in fp32", args)
+    args = (x, None, seed, "silu", 0.3, 0.1)
+    yield Case(bias_act_dropout.bias_act_dropout_fwd, "bf16 8192x4096 no bias", args)
+    for words, wanted in (("no bias", (True, False)), ("bias alone", (False, True))):
+        args = (x, x, None, None, "relu", 0.3, 0.1, wanted)
+        yield Case(bias_act_dropout.bias_act_dropout_bwd, f"bf16 8192x4096 {words}", args)
 
 
 def _scores_path(

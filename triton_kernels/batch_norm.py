@@ -227,13 +227,18 @@ def _batch_norm_apply_kernel(
 def _coefficients(mean_ptr, spread_ptr, weight_ptr, bias_ptr, channel, known, eps, EVAL):
     """Mean, scale and shift of each channel."""
     mean = _load(mean_ptr, channel, known)
-    scale = _rstd(spread_ptr, channel, known, eps, EVAL)
+    scale = _scale(_rstd(spread_ptr, channel, known, eps, EVAL), weight_ptr, channel, known)
     shift = tl.zeros_like(mean)
-    if weight_ptr is not None:
-        scale *= _load(weight_ptr, channel, known)
     if bias_ptr is not None:
         shift = _load(bias_ptr, channel, known)
     return mean, scale, shift
+
+
+@triton.jit
+def _scale(scale, weight_ptr, channel, known):
+    if weight_ptr is not None:
+        scale *= _load(weight_ptr, channel, known)
+    return scale
 
 
 @triton.jit
@@ -403,9 +408,10 @@ def _batch_norm_dx_kernel(
         rows, channels, inner, steps, COLUMNS, STEP, ROWS, COLS
     )
     dx = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    mean, scale, shift = _coefficients(
-        mean_ptr, spread_ptr, weight_ptr, bias_ptr, channel, known, eps, EVAL
-    )
+    if MATH is not None:
+        mean, scale, shift = _coefficients(
+            mean_ptr, spread_ptr, weight_ptr, bias_ptr, channel, known, eps, EVAL
+        )
     x = dx  # where there is none nothing reads it
     if x_ptr is not None:
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -415,10 +421,14 @@ def _batch_norm_dx_kernel(
         )
     if dresidual_ptr is not None:
         tl.store(dresidual_ptr + at, dx, mask=inside)
+    rstd = _rstd(spread_ptr, channel, known, eps, EVAL)
     if not EVAL:  # the statistics depend on x too
-        rstd = _rstd(spread_ptr, channel, known, eps, EVAL)
+        if MATH is None:
+            mean = _load(mean_ptr, channel, known)
         dx -= _load(dbias_ptr, channel, known) * share
         dx -= (x - mean) * (_load(dscale_ptr, channel, known) * share * rstd)
+    if MATH is None:  # loaded late, the weight takes fewer registers
+        scale = _scale(rstd, weight_ptr, channel, known)
     tl.store(dx_ptr + at, dx * scale, mask=inside)
 
 
@@ -658,6 +668,7 @@ def _backward(
         written_here = dresidual
         if passes_on and dresidual is not None:
             dy, then, written_here = dresidual, _Then(None, None, 0.0, 0.0), None
+            channels = (*channels[:3], None, eps)  # compiled as it is without what followed
         share = x.shape[1] / x.numel()
         source = x if not evaluates or then.reads_x else None
         args = (dy, source, dx, *channels, *then.arguments(written_here), dbias, dscale, share)

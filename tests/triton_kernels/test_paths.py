@@ -172,6 +172,25 @@ def test_batch_norm_in_parts(which, monkeypatch):
         assert_parity(ours.batch_norm, theirs.batch_norm, *inputs)
 
 
+@pytest.mark.parametrize("which", SPLIT)
+def test_batch_norm_and_what_follows_it_in_parts(which, monkeypatch):
+    def composed(*args, activation, residual):
+        return getattr(theirs, activation)(theirs.batch_norm(*args) + residual)
+
+    shape, memory_format = SPLIT[which]
+    monkeypatch.setattr(batch_norm, "SHARE_BYTES", 4096)
+    # the residual's dimensions are in the other order
+    x = (torch.randn(shape) + 1).contiguous(memory_format=memory_format).requires_grad_()
+    residual = torch.randn(*shape[:2], shape[3], shape[2]).mT.requires_grad_()
+    weight, bias = (torch.rand(shape[1], requires_grad=True) for _ in range(2))
+    running = torch.zeros(shape[1]), torch.ones(shape[1])
+    # of a ReLU backward reads the output, of a SiLU the residual
+    for training, name in ((True, "silu"), (False, "relu")):
+        inputs = (x, *running, weight, bias, training)
+        kwargs = {"activation": name, "residual": residual}
+        assert_parity(ours.batch_norm_act, composed, *inputs, **kwargs)
+
+
 @pytest.mark.parametrize("mean", ["large mean", "outlier first"])
 def test_batch_norm_statistics_in_parts_keep_their_digits(mean, monkeypatch):
     monkeypatch.setattr(batch_norm, "SHARE_BYTES", 4096)

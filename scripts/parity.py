@@ -52,6 +52,9 @@ def cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
     yield both("CrossEntropyLoss", rows, index)
     yield both("CrossEntropyLoss", rows, index, weight=torch.rand(100), label_smoothing=0.1)
     yield both("CrossEntropyLoss", rows, probabilities, reduction="sum")
+    once = torchref.nn.CrossEntropyLoss(gradient_in_forward=True)
+    plain = torch.nn.CrossEntropyLoss()
+    yield "CrossEntropyLoss(gradient_in_forward=True)", once, plain, (rows, index)
     in_chunks = partial(linear_cross_entropy, options=SimpleNamespace(batch_chunk_size=128))
     heads = rows, draw(100, 100, scale=0.1), index
     yield "LinearCrossEntropyLoss(rows at a time=128)", in_chunks, linear_then_cross_entropy, heads
@@ -83,6 +86,12 @@ def cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
         yield f"BatchNormAct{dims}d(activation={activation}){note}", ours, theirs, inputs
     if device == "cpu":  # elsewhere the masks differ, as torch's do between devices
         yield both("Dropout", x, p=0.3)
+    for activation, p in [("relu", 0.3), ("gelu", 0.3)] if device == "cpu" else [("gelu", 0.0)]:
+        ours, theirs = (
+            cls(100, 50, activation=activation, p=p).to(device, dtype)
+            for cls in (torchref.nn.LinearActDropout, LinearThenDropout)
+        )
+        yield f"LinearActDropout(activation={activation}, p={p})", ours, theirs, (rows,)
     for name, kwargs in OPTIMIZERS:
         ours, theirs = (
             partial(optimized, getattr(m.optim, name), kwargs) for m in (torchref, torch)
@@ -91,6 +100,19 @@ def cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
         start = draw(1000).detach()
         gradients = torch.randn(100, 1000).to(device, dtype)
         yield f"{name}({shown})", ours, theirs, (start, gradients)
+
+
+class LinearThenDropout(torch.nn.Linear):
+    """Torch's product, sum, activation and dropout."""
+
+    def __init__(self, inputs: int, outputs: int, activation: str, p: float) -> None:
+        super().__init__(inputs, outputs)
+        self.activation, self.p = activation, p
+
+    def forward(self, input: Tensor) -> Tensor:
+        u = torch.nn.functional.linear(input, self.weight) + self.bias
+        y = getattr(torch.nn.functional, self.activation)(u)
+        return torch.nn.functional.dropout(y, self.p)
 
 
 def batch_norm_then(name: str) -> type[torch.nn.Module]:

@@ -190,6 +190,23 @@ CALLS = {
     "batch norm, columns": lambda: batch_norm.batch_norm_eval_fwd(
         meta(2**16, 33, 2**6, 2**5, **LAST), None, None, *[meta(33, dtype=ROW)] * 2, 1e-5
     ),
+    "batch norm after a residual, rows": lambda: batch_norm.batch_norm_eval_fwd(
+        meta(2**16, 33, 2**11),
+        *[None] * 2,
+        *[meta(33, dtype=ROW)] * 2,
+        1e-5,
+        meta(2**16, 33, 2**11),
+        "silu",
+    ),
+    "batch norm backward after a residual": lambda: batch_norm.batch_norm_eval_bwd(
+        *[meta(2**16, 33, 2**11)] * 2,
+        *[meta(33, dtype=ROW)] * 3,
+        1e-5,
+        (True, False, False, True),
+        None,
+        meta(2**16, 33, 2**11),
+        "silu",
+    ),
     "batch norm backward": lambda: batch_norm.batch_norm_eval_bwd(
         *[meta(2**16, 33, 2**11)] * 2,
         None,

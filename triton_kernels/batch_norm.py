@@ -15,7 +15,8 @@ Moves 3 elements forward (x twice, y) and 5 backward (x and dy twice, dx), evalu
 residual and an activation join the pointwise pass: the residual is 1 element more forward and 2
 more backward, where the reduction reads what was kept (the residual, or the output of a ReLU) and
 writes the residual's gradient, which is then all that the second pass needs of the upstream one.
-Without a residual the activation moves nothing: what it saw is computed from x again.
+Without a residual the activation moves nothing: what it saw is computed from x again, which
+evaluation then reads backward too (3).
 Computes in float32. Offsets have 64 bits; only the rows of the first kind and the columns of the
 second must be fewer than 2**31, as they are in any memory of today.
 """

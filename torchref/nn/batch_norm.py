@@ -133,6 +133,8 @@ class BatchNormAct1d(_BatchNormAct, BatchNorm1d):
         activation, param: as in :func:`batch_norm_act`, keyword only.
         The others: as :class:`BatchNorm1d`'s.
 
+    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` knows no activation and would drop it.
+
     Example:
         >>> norm = torchref.nn.BatchNormAct1d(3, activation="silu")
         >>> norm(torch.randn(4, 3)).shape
@@ -151,6 +153,8 @@ class BatchNormAct2d(_BatchNormAct, BatchNorm2d):
         activation, param: as in :func:`batch_norm_act`, keyword only.
         The others: as :class:`BatchNorm2d`'s.
 
+    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` knows no activation and would drop it.
+
     Example:
         >>> norm = torchref.nn.BatchNormAct2d(3)
         >>> x = torch.randn(2, 3, 4, 4)
@@ -168,6 +172,8 @@ class BatchNormAct3d(_BatchNormAct, BatchNorm3d):
     Args:
         activation, param: as in :func:`batch_norm_act`, keyword only.
         The others: as :class:`BatchNorm3d`'s.
+
+    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` knows no activation and would drop it.
 
     Example:
         >>> norm = torchref.nn.BatchNormAct3d(3, activation="leaky_relu", param=0.2)

@@ -6,7 +6,7 @@ the sum of each column, which it leaves as one partial result; they are added up
 The mask comes from Philox as in dropout.py, a row beginning with a counter of its own, so that four
 neighbours of one counter are in one row; a ReLU's backward reads it off the output. Moves 2
 elements forward and 3 backward for each of x; the bias is read from the cache, once for a tile, and
-of partial results there is at most one for four tiles' rows. Computes in float32.
+of partial results there is at most one for 64 rows. Computes in float32.
 """
 
 import torch
@@ -167,8 +167,8 @@ def bias_act_dropout_bwd(
     rows, cols = kept.shape
     height, width = _shape(rows, cols)
     across = cdiv(cols, width)
-    # As many parts as keep every multiprocessor busy, of 4 tiles or more
-    parts = max(1, min(cdiv(8 * multiprocessors(dy), across), rows // (4 * height)))
+    # As many parts as keep every multiprocessor busy, of 4 tiles and 64 rows or more
+    parts = max(1, min(cdiv(8 * multiprocessors(dy), across), rows // max(64, 4 * height)))
     dx = torch.empty_like(kept) if wanted[0] else None
     partial = None
     if wanted[1]:

@@ -146,8 +146,8 @@ for activation, seed in itertools.product(("relu", "gelu"), (None, SEED)):
             lambda a=activation, s=noise, p=p: bias_act_dropout.bias_act_dropout_bwd(
                 DY, X, WEIGHT, s, a, 0.0, p, (True, True)
             ),
-            2,
-            3 + 2 / 32,  # a partial sum of each column for 32 rows, written and read
+            1,
+            3 + 1 / 64,  # a sum of each column
         ),
         f"bias, {words}, backward of x alone": (
             lambda a=activation, s=noise, p=p: bias_act_dropout.bias_act_dropout_bwd(
@@ -160,8 +160,8 @@ for activation, seed in itertools.product(("relu", "gelu"), (None, SEED)):
             lambda a=activation, s=noise, p=p: bias_act_dropout.bias_act_dropout_bwd(
                 DY, X, WEIGHT, s, a, 0.0, p, (False, True)
             ),
-            2,
-            2 + 2 / 32,
+            1,
+            2 + 1 / 64,
         ),
     }
 for layout, x, launches in (("NCHW", NCHW, 2), ("NHWC", NHWC, 3)):  # of which one merges parts
@@ -316,6 +316,19 @@ def test_rows_wider_than_a_tile_are_read_twice(traffic, monkeypatch):
         traffic.accesses = 0
         call()
         assert traffic.accesses == elements * X.numel() * X.element_size()
+
+
+@pytest.mark.parametrize("rows", [64, 256])
+def test_a_bias_gradient_in_parts_takes_one_launch_more(rows, traffic):
+    """Partial sums of 64 rows, written and read."""
+    x, dy = torch.randn(rows, C), torch.randn(rows, C)
+    with traffic:
+        bias_act_dropout.bias_act_dropout_bwd(dy, x, WEIGHT, None, "gelu", 0.0, 0.0, (True, True))
+    parts = rows // 64
+    assert len(traffic.launches) == (1 if parts == 1 else 2)
+    # dy, x, dx; the bias for each part; each part's sums, and what they are added up to
+    expected = 3 * rows + parts + parts + (0 if parts == 1 else parts + 1)
+    assert traffic.accesses == expected * C * x.element_size()
 
 
 def test_split_batch_norm_takes_one_launch_more(traffic, monkeypatch):

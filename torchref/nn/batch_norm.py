@@ -244,12 +244,8 @@ def batch_norm(
     internal covariate shift", 2015.
     """
     _check("batch_norm", input, running_mean, running_var, weight, bias, training, eps)
-    if not training:
-        return BatchNormEvalFunction.call(input, weight, bias, running_mean, running_var, eps)
-    if input.numel() == 0:
-        running_mean = running_var = None
-    options = (running_mean, running_var, momentum, eps, unbiased_running_var)
-    return BatchNormFunction.call(input, weight, bias, *options)[0]
+    statistics = (running_mean, running_var, training, momentum, eps, unbiased_running_var)
+    return _run(input, weight, bias, None, *statistics, None, 0.0)
 
 
 def batch_norm_act(
@@ -310,14 +306,31 @@ def batch_norm_act(
             f"{name}: expected `residual` of shape {tuple(input.shape)} and type {input.dtype}, "
             f"got {tuple(residual.shape)} and {residual.dtype}"
         )
-    then = (residual, activation, argument)
+    statistics = (running_mean, running_var, training, momentum, eps, unbiased_running_var)
+    return _run(input, weight, bias, residual, *statistics, activation, argument)
+
+
+def _run(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    unbiased: bool,
+    activation: str | None,
+    param: float,
+) -> Tensor:
+    inputs, then = (x, weight, bias, residual), (activation, param)
     if not training:
-        statistics = (running_mean, running_var, eps)
-        return BatchNormEvalFunction.call(input, weight, bias, *statistics, *then)
-    if input.numel() == 0:
+        return BatchNormEvalFunction.call(*inputs, running_mean, running_var, eps, *then)
+    if x.numel() == 0:
         running_mean = running_var = None
-    options = (running_mean, running_var, momentum, eps, unbiased_running_var)
-    return BatchNormFunction.call(input, weight, bias, *options, *then)[0]
+    moved = (running_mean, running_var, momentum, eps, unbiased)
+    return BatchNormFunction.call(*inputs, *moved, *then)[0]
 
 
 class BatchNormFunction(Function):
@@ -328,27 +341,25 @@ class BatchNormFunction(Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
+        residual: Tensor | None,
         running_mean: Tensor | None,
         running_var: Tensor | None,
         momentum: float,
         eps: float,
         unbiased: bool,
-        residual: Tensor | None = None,
-        activation: str | None = None,
-        param: float = 0.0,
+        activation: str | None,
+        param: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         moved = (running_mean, running_var, momentum, eps, unbiased)
         return batch_norm_fwd(x, weight, bias, *moved, residual, activation, param)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, bias = inputs[:3]
+        x, weight, bias, residual, _, _, _, ctx.eps, _, activation, param = inputs
         y, mean, rstd = output
-        ctx.eps, ctx.count = inputs[6], len(inputs)
         ctx.bias_dtype = x.dtype if bias is None else bias.dtype
         ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)
-        residual, activation, param = inputs[8:] or (None, None, 0.0)
         ctx.then = activation, param
         shift = None if activation is None else bias
         ctx.save_for_backward(x, weight, mean, rstd, shift, _kept(residual, y, activation))
@@ -356,13 +367,15 @@ class BatchNormFunction(Function):
     @staticmethod
     def backward(ctx, dy, *_):
         if dy is None:
-            return (None,) * ctx.count
+            return (None,) * 11
         x, weight, mean, rstd, bias, kept = ctx.saved_tensors
         if torch.is_grad_enabled():  # what was saved has no graph
             mean, rstd, _ = _statistics(opmath(x), ctx.eps)
-        wanted = _wanted(ctx.needs_input_grad, 8)
+        wanted = tuple(ctx.needs_input_grad[:4])
         grads = batch_norm_bwd(dy, x, weight, mean, rstd, wanted, bias, kept, *ctx.then)
-        return _ordered(grads, ctx.bias_dtype, ctx.count, 8)
+        dx, dweight, dbias, dresidual = grads
+        dbias = None if dbias is None else dbias.to(ctx.bias_dtype)
+        return dx, dweight, dbias, dresidual, *(None,) * 7
 
 
 @accelerated("batch_norm", mutates=("running_mean", "running_var"))
@@ -430,34 +443,33 @@ class BatchNormEvalFunction(Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
+        residual: Tensor | None,
         running_mean: Tensor,
         running_var: Tensor,
         eps: float,
-        residual: Tensor | None = None,
-        activation: str | None = None,
-        param: float = 0.0,
+        activation: str | None,
+        param: float,
     ) -> Tensor:
         statistics = (running_mean, running_var, eps)
         return batch_norm_eval_fwd(x, weight, bias, *statistics, residual, activation, param)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, bias, running_mean, running_var, ctx.eps = inputs[:6]
-        ctx.count = len(inputs)
+        x, weight, bias, residual, running_mean, running_var, ctx.eps, *ctx.then = inputs
         ctx.bias_dtype = x.dtype if bias is None else bias.dtype
-        residual, activation, param = inputs[6:] or (None, None, 0.0)
-        ctx.then = activation, param
-        shift = None if activation is None else bias
-        kept = _kept(residual, output, activation)
+        shift = None if ctx.then[0] is None else bias
+        kept = _kept(residual, output, ctx.then[0])
         ctx.save_for_backward(x, weight, running_mean, running_var, shift, kept)
 
     @staticmethod
     def backward(ctx, dy):
-        wanted = _wanted(ctx.needs_input_grad, 6)
+        wanted = tuple(ctx.needs_input_grad[:4])
         x, weight, running_mean, running_var, bias, kept = ctx.saved_tensors
         saved = (x, weight, running_mean, running_var, ctx.eps)
         grads = batch_norm_eval_bwd(dy, *saved, wanted, bias, kept, *ctx.then)
-        return _ordered(grads, ctx.bias_dtype, ctx.count, 6)
+        dx, dweight, dbias, dresidual = grads
+        dbias = None if dbias is None else dbias.to(ctx.bias_dtype)
+        return dx, dweight, dbias, dresidual, *(None,) * 5
 
 
 @accelerated("batch_norm")
@@ -560,23 +572,6 @@ def _before_activation(
 def _kept(residual: Tensor | None, y: Tensor, activation: str | None) -> Tensor | None:
     """What else backward reads to know what the activation saw."""
     return y if residual is not None and activation == "relu" else residual
-
-
-def _wanted(needed: tuple[bool, ...], residual: int) -> tuple[bool, bool, bool, bool]:
-    """Which gradients are needed: of x, weight, bias and the residual, argument ``residual``."""
-    return needed[0], needed[1], needed[2], residual < len(needed) and needed[residual]
-
-
-def _ordered(
-    grads: tuple[Tensor | None, ...], bias_dtype: torch.dtype, count: int, residual: int
-) -> tuple[Tensor | None, ...]:
-    """Gradients of x, weight, bias and the residual at the places of ``count`` arguments."""
-    dx, dweight, dbias, dresidual = grads
-    dbias = None if dbias is None else dbias.to(bias_dtype)
-    ordered = [dx, dweight, dbias] + [None] * (count - 3)
-    if residual < count:
-        ordered[residual] = dresidual
-    return tuple(ordered)
 
 
 def _move(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:

@@ -238,7 +238,9 @@ class CrossEntropyOnceFunction(Function):
         smoothing: float | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The loss, the gradient, and what it still has to be divided by."""
-        total = _divisor(x, target, weight, reduction, ignore_index)
+        total = opmath(x).new_ones(())
+        if reduction == "mean":
+            total = mean_divisor(target, weight, ignore_index, total)
         now, later = total, torch.ones_like(total)
         if x.dtype == torch.float16:
             # Its smallest number is above what a loss scale may still raise: as large as fits.
@@ -543,12 +545,12 @@ def _reduced(loss: Tensor, row_weight: Tensor, reduction: str) -> tuple[Tensor, 
     return (loss.sum() if reduction == "sum" else loss), row_weight.new_zeros(())
 
 
-def _divisor(
-    x: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int
-) -> Tensor:
-    """What the sum of the rows' losses is divided by."""
-    _, _, row_weight = _rows(opmath(x), target, weight, ignore_index)
-    return row_weight.sum() if reduction == "mean" else row_weight.new_ones(())
+def mean_divisor(target: Tensor, weight: Tensor | None, ignore_index: int, like: Tensor) -> Tensor:
+    """The weights of the rows that count, added up."""
+    kept = target != ignore_index
+    if weight is None:
+        return kept.sum().to(like.dtype)
+    return torch.where(kept, opmath(weight)[torch.where(kept, target, 0)], 0).sum().to(like.dtype)
 
 
 def _one_hot(index: Tensor, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torchref.nn.cross_entropy import (
     cross_entropy,
     cross_entropy_fwd,
     losses_and_gradient,
+    mean_divisor,
 )
 from torchref.nn.linear import linear, linear_fwd
 from torchref.nn.loss import checked_reduction
@@ -258,7 +259,7 @@ class LinearCrossEntropyFunction(Function):
             grads.take(part, scores)
         if reduction == "sum":
             return loss, *grads.tensors(), torch.ones_like(loss)
-        total = _divisor(target, weight, ignore_index, loss)
+        total = mean_divisor(target, weight, ignore_index, loss)
         # Of no rows the mean is NaN, and the gradient 0.
         nothing = (target == ignore_index).all()
         return loss / total, *grads.tensors(), torch.where(nothing, torch.inf, total)
@@ -387,14 +388,6 @@ def _chunks(
     for start in range(0, x.shape[0], rows):
         part = x[start : start + rows]
         yield part, linear_fwd(part, w, b), target[start : start + rows]
-
-
-def _divisor(target: Tensor, weight: Tensor | None, ignore_index: int, like: Tensor) -> Tensor:
-    """The weights of the rows that count, added up."""
-    kept = target != ignore_index
-    if weight is None:
-        return kept.sum().to(like.dtype)
-    return torch.where(kept, opmath(weight)[torch.where(kept, target, 0)], 0).sum().to(like.dtype)
 
 
 def _runs_again() -> bool:

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from benchmarks import cuda, models, optimizers, pieces, results
+from benchmarks import cuda, models, optimizers, pieces, results, timing
 from benchmarks.options import OneLineParser, Options
 
 # Each has `run(options)`, which returns rows, and `NAMES`, which --only chooses from.
@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     command = " ".join(["python scripts/benchmark.py", *(sys.argv[1:] if argv is None else argv)])
     record = {"command": command, "environment": results.environment(arguments.device)}
     print(", ".join(f"{name} {value}" for name, value in record["environment"].items()), flush=True)
+    timing.keep_memory()
     ceilings = cuda.ceilings() if arguments.device == "cuda" else {}
     for name, gbs in ceilings.items():
         print(f"{name} {gbs:.0f}", flush=True)

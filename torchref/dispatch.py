@@ -24,18 +24,17 @@ import importlib
 import importlib.util
 import inspect
 import os
-import shutil
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from types import CodeType, FunctionType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
+
+from torchref.compilation import Compiled
 
 BACKENDS = ("auto", "reference", "compiled", "triton")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -133,7 +132,7 @@ def accelerated(module: str | None, mutates: tuple[str, ...] = ()) -> Callable[[
 
     def decorate(formula: F) -> F:
         name = formula.__name__
-        compiled = _Compiled(formula)
+        compiled = Compiled(formula)
         opaque = formula if module is None else _opaque_operation(formula, module, mutates)
 
         @functools.wraps(formula)
@@ -291,12 +290,8 @@ def _serves(index: int) -> bool:
 
 
 @functools.cache
-def _say_once(message: str) -> None:
-    warnings.warn(f"torchref: {message}", stacklevel=2)
-
-
 def _say_no_kernels(reason: str) -> None:
-    _say_once(f"formulas run instead of Triton kernels: {reason}")
+    warnings.warn(f"torchref: formulas run instead of Triton kernels: {reason}", stacklevel=2)
 
 
 def explain() -> str:
@@ -374,87 +369,3 @@ def _opaque_operation(
         )
 
     return opaque
-
-
-class _Compiled:
-    """A formula through :func:`torch.compile`, one compilation for each kind of arguments."""
-
-    def __init__(self, formula: Callable[..., Any]) -> None:
-        self.formula = formula
-
-    def __call__(self, *args: Any) -> Any:
-        variant, _ = compiled_variant(self.formula, tuple(map(kind, args)))
-        # One grad mode for all: autograd is not recording here, or the formula would have run.
-        with torch.no_grad():
-            output = variant(*map(traced, args))
-        if isinstance(output, tuple):
-            return tuple(_itself(y, args[0]) for y in output)
-        return _itself(output, args[0])
-
-
-def compiled_variant(
-    formula: Callable[..., Any], key: tuple[Any, ...]
-) -> tuple[Callable[..., Any], bool]:
-    """The compilation of a formula for arguments of one :func:`kind`, and whether it is new.
-
-    It takes the arguments as :func:`traced` makes them.
-
-    Dynamo gives up after eight recompilations of one code object and would then run eager without
-    a word. So each kind of arguments (dtype, rank, memory layout, sizes of 0 and 1) compiles a
-    clone of the code with sizes symbolic, floats travel as 0-dim tensors, and ``fullgraph`` turns
-    what is left of that silence into an error.
-    """
-    variants = _variants.setdefault(formula, {})
-    is_new = key not in variants
-    if is_new:
-        clone = _clone(formula, len(variants))
-        # Sizes and strides need no second look: they are in the key, or the code leaves them open.
-        options: Any = {"size_asserts": False}
-        variants[key] = torch.compile(clone, fullgraph=True, dynamic=True, options=options)
-    return variants[key], is_new
-
-
-_variants: dict[Callable[..., Any], dict[tuple[Any, ...], Callable[..., Any]]] = {}
-
-
-@functools.cache
-def can_compile() -> bool:
-    """Whether there is a C++ compiler for :func:`torch.compile`; where there is none, say so."""
-    compilers = os.environ.get("CXX", "g++"), "g++", "clang++", "c++"
-    found = sys.platform == "win32" or any(map(shutil.which, compilers))
-    if not found:
-        _say_once("fused steps run uncompiled: no C++ compiler (g++ or $CXX) is installed")
-    return found
-
-
-def kind(arg: Any) -> Any:
-    """What of an argument a compilation cannot leave open."""
-    if isinstance(arg, Tensor):
-        order = sorted(range(arg.ndim), key=arg.stride)
-        unit = tuple(min(stride, 2) for stride in arg.stride())
-        sizes = tuple(min(size, 2) for size in arg.shape)
-        return arg.dtype, arg.device, arg.is_contiguous(), tuple(order), unit, sizes
-    return float if isinstance(arg, float) else arg
-
-
-def _itself(y: Any, x: Tensor) -> Any:
-    """``x`` where it was written in place: autograd knows it by identity."""
-    return x if isinstance(y, Tensor) and y.data_ptr() == x.data_ptr() != 0 else y
-
-
-def traced(arg: Any) -> Any:
-    if isinstance(arg, float):
-        return torch.tensor(arg, dtype=torch.float64, device="cpu")
-    # Dynamo reads `.grad`, which on a saved output warns
-    return arg.detach() if isinstance(arg, Tensor) and arg.requires_grad else arg
-
-
-def _clone(formula: Callable[..., Any], number: int) -> Callable[..., Any]:
-    """A copy of a formula with a code object of its own, so that it has a limit of its own."""
-    function = formula
-    code: CodeType = function.__code__.replace(co_name=f"{function.__name__}_{number}")
-    clone = FunctionType(
-        code, function.__globals__, code.co_name, function.__defaults__, function.__closure__
-    )
-    clone.__kwdefaults__ = function.__kwdefaults__
-    return clone

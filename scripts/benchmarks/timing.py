@@ -3,12 +3,18 @@
 A machine's speed drifts, with its temperature and its other users. Competitors that take turns
 drift together, so that the ratio of their medians holds where the medians themselves do not. How
 far two medians may differ by chance is measured, too: one implementation runs under two names.
+
+On the CPU the C library may return a freed tensor's memory to the system, and then each use of a
+new one costs a page fault for every 4 KiB, up to twice the arithmetic. Whether it does depends on
+what else lies on the heap, so while we time it keeps what it has, up to what it never keeps.
 """
 
+import ctypes
 import itertools
 import math
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,6 +26,18 @@ ROUNDS = 50
 FEWEST = 7  # rounds, of what takes long
 SHORTEST = 2e-4  # seconds of a sample: below, it would measure the clock
 SPLITS = 200
+
+
+def keep_memory() -> None:
+    """Let malloc keep freed memory, as long training does; for tensors of up to 32 MiB."""
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
+        if mallopt is not None:
+            mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+            mallopt(_MMAP_THRESHOLD, 2**25)
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # in malloc.h
 
 
 def repeated(call: Call) -> Sample:

@@ -421,13 +421,12 @@ def test_fused_runs_uncompiled_without_a_compiler_and_says_so(monkeypatch):
     compilations = traced(monkeypatch)
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
-    torchref.dispatch.can_compile.cache_clear()
-    torchref.dispatch._say_once.cache_clear()
+    torchref.compilation.can_compile.cache_clear()
     try:
         with pytest.warns(UserWarning, match="fused steps run uncompiled: no C"):
             fused = tensors(*train(ours("Adam"), {"fused": True}, steps=3))
     finally:
-        torchref.dispatch.can_compile.cache_clear()
+        torchref.compilation.can_compile.cache_clear()
     assert not compilations
     assert_close(fused, tensors(*train(theirs("Adam"), {"fused": True}, steps=3)), rtol=1e-14)
 

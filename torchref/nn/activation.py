@@ -170,14 +170,15 @@ class LeakyReLUFunction(_FromInput):
 @accelerated("activation")
 def leaky_relu_fwd(x: Tensor, negative_slope: float, inplace: bool) -> Tensor:
     x32 = opmath(x)
-    return _write(torch.where(x32 > 0, x32, x32 * negative_slope), x, inplace)
+    # relu has a slope of 0 at 0, clamp_max one of 1: their sum that of torch
+    return _write(x32.relu() + negative_slope * x32.clamp_max(0), x, inplace)
 
 
 @accelerated("activation")
 def leaky_relu_bwd(dy: Tensor, x: Tensor, negative_slope: float) -> Tensor:
     """``x`` may also be the output: for a slope >= 0 its sign is the same."""
-    dy32 = opmath(dy)
-    return rounded(torch.where(x > 0, dy32, dy32 * negative_slope), dy)
+    above = opmath(x).sign().clamp_min(0)
+    return rounded(opmath(dy) * (above + negative_slope * (1 - above)), dy)
 
 
 class Sigmoid(torch.nn.Sigmoid):
@@ -388,19 +389,17 @@ class ELUFunction(_FromInput):
 @accelerated("activation")
 def elu_fwd(x: Tensor, alpha: float, scale: float, inplace: bool) -> Tensor:
     x32 = opmath(x)
-    below = torch.where(x32 > 0, 0, x32)  # where it is not used e^x may not overflow
-    return _write(torch.where(x32 > 0, x32, alpha * below.expm1()) * scale, x, inplace)
+    # relu has a slope of 0 at 0, clamp_max one of 1: their sum that of torch
+    return _write(scale * (x32.relu() + alpha * x32.clamp_max(0).expm1()), x, inplace)
 
 
 @accelerated("activation")
 def elu_bwd(dy: Tensor, x: Tensor, alpha: float, scale: float, from_output: bool) -> Tensor:
     """``from_output`` says that ``x`` is the output: then scale alpha e^x = y + scale alpha."""
-    dy32, x32 = opmath(dy), opmath(x)
-    if from_output:
-        slope = x32 + scale * alpha
-    else:
-        slope = scale * alpha * torch.where(x32 < 0, x32, 0).exp()
-    return rounded(dy32 * torch.where(x32 <= 0, slope, scale), dy)  # a NaN passes dy
+    x32 = opmath(x)
+    below = x32.clamp_max(0)
+    slope = below + scale * alpha if from_output else scale * alpha * below.exp()
+    return rounded(opmath(dy) * torch.where(x32 <= 0, slope, scale), dy)  # a NaN passes dy
 
 
 class GELU(torch.nn.GELU):
@@ -649,18 +648,17 @@ def checked_activation(piece: str, activation: str, param: float | None) -> floa
 
 
 def _sigmoid(x: Tensor) -> Tensor:
-    # Without overflow on either side, so that no derivative becomes inf * 0.
-    e = torch.where(x < 0, x, -x).exp()
-    return torch.where(x < 0, e, 1) / (1 + e)
+    # e^-x is kept finite, so that no derivative becomes inf * 0, and what is then left at -inf, the
+    # smallest normal number, cut off.
+    tiny = torch.finfo(x.dtype).tiny
+    e = (-x).clamp_max(-math.log(tiny)).exp()
+    return (1 + e).reciprocal().hardshrink(2 * tiny)
 
 
 def _tanh(x: Tensor) -> Tensor:
-    a = torch.where(x < 0, -x, x)
-    # At 30 tanh is 1 in every type, and e^60 does not overflow.
-    t = (2 * a.clamp_max(30)).expm1()
-    # expm1 keeps the digits near 0, the difference from 1 those of the gradient 1 - y^2.
-    y = torch.where(a < 0.5, t / (t + 2), 1 - 2 / (t + 2))
-    return torch.where(x < 0, -y, y)
+    # At 30 tanh is 1 in every type, and e^60 does not overflow. expm1 keeps the digits near 0.
+    t = (2 * x).clamp_max(60).expm1()
+    return t / (t + 2)
 
 
 def _write(y: Tensor, x: Tensor, inplace: bool) -> Tensor:

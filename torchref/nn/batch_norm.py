@@ -370,7 +370,7 @@ class BatchNormFunction(Function):
             return (None,) * 11
         x, weight, mean, rstd, bias, kept = ctx.saved_tensors
         if torch.is_grad_enabled():  # what was saved has no graph
-            mean, rstd, _ = _statistics(opmath(x), ctx.eps)
+            mean, rstd, *_ = _statistics(opmath(x), ctx.eps)
         wanted = tuple(ctx.needs_input_grad[:4])
         grads = batch_norm_bwd(dy, x, weight, mean, rstd, wanted, bias, kept, *ctx.then)
         dx, dweight, dbias, dresidual = grads
@@ -394,13 +394,13 @@ def batch_norm_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output, and each channel's mean and 1 / sqrt(variance + eps); moves the running ones."""
     x32 = opmath(x)
-    mean, rstd, var = _statistics(x32, eps)
+    mean, rstd, var, centred = _statistics(x32, eps)
     if running_mean is not None:
         _move(running_mean, mean, momentum)
     if running_var is not None:
         n = x.numel() // x.shape[1]
         _move(running_var, var * (n / (n - 1)) if unbiased else var, momentum)
-    y = _affine(_normalized(x32, mean, rstd), weight, bias)
+    y = _affine(centred, rstd, weight, bias)
     return rounded(_activated(y, residual, activation, param), x), mean, rstd
 
 
@@ -421,16 +421,16 @@ def batch_norm_bwd(
 
     ``kept`` is the residual, or the output of a ReLU after it.
     """
-    dims = _all_but_channels(x)
-    xhat = _normalized(opmath(x), mean, rstd)
-    dy32 = _before_activation(opmath(dy), xhat, weight, bias, kept, activation, param)
-    dbias, dweight = dy32.sum(dims), (dy32 * xhat).sum(dims)
+    centred = opmath(x) - _channels(mean, x)
+    saved = (centred, rstd, weight, bias, kept)
+    dy32 = _before_activation(opmath(dy), *saved, activation, param)
+    dbias, dweight = _sums(dy32), _sums(dy32 * centred) * rstd
     dx = None
     if wanted[0]:
         n = max(x.numel() // max(x.shape[1], 1), 1)
-        slope = rstd if weight is None else rstd * opmath(weight)
-        inner = dy32 - _channels(dbias / n, x) - xhat * _channels(dweight / n, x)
-        dx = rounded(_channels(slope, x) * inner, x)
+        share = _channels(-dweight * rstd / n, x)
+        inner = torch.addcmul(dy32 - _channels(dbias / n, x), centred, share)
+        dx = rounded(_channels(_scale(rstd, weight), x) * inner, x)
     dresidual = rounded(dy32, x) if wanted[3] else None
     return dx, _cast(dweight, weight, wanted[1]), dbias if wanted[2] else None, dresidual
 
@@ -485,8 +485,7 @@ def batch_norm_eval_fwd(
     param: float = 0.0,
 ) -> Tensor:
     rstd = (opmath(running_var) + eps).rsqrt()
-    xhat = _normalized(opmath(x), opmath(running_mean), rstd)
-    y = _affine(xhat, weight, bias)
+    y = _affine(opmath(x) - _channels(opmath(running_mean), x), rstd, weight, bias)
     return rounded(_activated(y, residual, activation, param), x)
 
 
@@ -505,43 +504,46 @@ def batch_norm_eval_bwd(
     param: float = 0.0,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of x, weight, bias and residual, each where wanted; ``kept`` as above."""
-    dims = _all_but_channels(x)
     rstd = (opmath(running_var) + eps).rsqrt()
-    dy32, xhat = opmath(dy), None
+    dy32, centred = opmath(dy), None
     if wanted[1] or activation is not None:
-        xhat = _normalized(opmath(x), opmath(running_mean), rstd)
-        dy32 = _before_activation(dy32, xhat, weight, bias, kept, activation, param)
+        centred = opmath(x) - _channels(opmath(running_mean), x)
+        saved = (centred, rstd, weight, bias, kept)
+        dy32 = _before_activation(dy32, *saved, activation, param)
     dx = dweight = None
     if wanted[0]:
-        slope = rstd if weight is None else rstd * opmath(weight)
-        dx = rounded(dy32 * _channels(slope, x), x)
-    if wanted[1] and xhat is not None:
-        dweight = (dy32 * xhat).sum(dims)
-    dbias = dy32.sum(dims) if wanted[2] else None
+        dx = rounded(dy32 * _channels(_scale(rstd, weight), x), x)
+    if wanted[1] and centred is not None:
+        dweight = _sums(dy32 * centred) * rstd
+    dbias = _sums(dy32) if wanted[2] else None
     dresidual = rounded(dy32, x) if wanted[3] else None
     return dx, _cast(dweight, weight, wanted[1]), dbias, dresidual
 
 
-def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Each channel's mean, 1 / sqrt(variance + eps) and biased variance, in two passes."""
+def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Each channel's mean, 1 / sqrt(variance + eps) and biased variance, in two passes; x - mean.
+
+    Not folded to x * scale + shift: at a mean of 1e4 that loses three digits.
+    """
     if x.numel() == 0:
         zeros = x.new_zeros(x.shape[1])
-        return zeros, zeros.clone(), zeros  # results of an operation may not be one tensor
-    dims = _all_but_channels(x)
-    mean = x.mean(dims)
+        return zeros, zeros.clone(), zeros, x  # results of an operation may not be one tensor
+    n = x.numel() // x.shape[1]
+    mean = _sums(x) / n
     centred = x - _channels(mean, x)
-    var = (centred * centred).mean(dims)
-    return mean, (var + eps).rsqrt(), var
+    var = _sums(centred * centred) / n
+    return mean, (var + eps).rsqrt(), var, centred
 
 
-def _normalized(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    # Not folded to x * scale + shift: at a mean of 1e4 that loses three digits.
-    return (x - _channels(mean, x)) * _channels(rstd, x)
+def _affine(centred: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    scale = _channels(_scale(rstd, weight), centred)
+    if bias is None:
+        return centred * scale
+    return torch.addcmul(_channels(opmath(bias), centred), centred, scale)
 
 
-def _affine(xhat: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    y = xhat if weight is None else xhat * _channels(opmath(weight), xhat)
-    return y if bias is None else y + _channels(opmath(bias), xhat)
+def _scale(rstd: Tensor, weight: Tensor | None) -> Tensor:
+    return rstd if weight is None else rstd * opmath(weight)
 
 
 def _activated(u: Tensor, residual: Tensor | None, activation: str | None, param: float) -> Tensor:
@@ -551,7 +553,8 @@ def _activated(u: Tensor, residual: Tensor | None, activation: str | None, param
 
 def _before_activation(
     dy: Tensor,
-    xhat: Tensor,
+    centred: Tensor,
+    rstd: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     kept: Tensor | None,
@@ -564,7 +567,7 @@ def _before_activation(
     if activation == "relu" and kept is not None:
         u = opmath(kept)  # the output, whose sign is the same
     else:
-        u = _affine(xhat, weight, bias)
+        u = _affine(centred, rstd, weight, bias)
         u = u if kept is None else u + opmath(kept)
     return FUSED[activation].bwd(dy, u, param)
 
@@ -590,8 +593,9 @@ def _channels(t: Tensor, x: Tensor) -> Tensor:
     return t.reshape(-1, *[1] * (x.ndim - 2))  # (C, 1, 1, ...)
 
 
-def _all_but_channels(x: Tensor) -> list[int]:
-    return [0, *range(2, x.ndim)]
+def _sums(x: Tensor) -> Tensor:
+    """Those of each channel, over samples last: chains half as long, in which less is rounded."""
+    return x.sum(list(range(2, x.ndim))).sum(0) if x.ndim > 2 else x.sum(0)
 
 
 def _check(

@@ -112,7 +112,8 @@ class DropoutFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, p: float, keep: float, inplace: bool) -> tuple[Tensor, Tensor]:
-        return dropout_fwd(x, p, keep, inplace)
+        mask = drawn_mask(x, p)  # out here, so that a compiled formula draws what torch draws
+        return dropout_fwd(x, mask, keep, inplace), mask
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -133,11 +134,9 @@ class DropoutFunction(Function):
 
 
 @accelerated(None)
-def dropout_fwd(x: Tensor, p: float, keep: float, inplace: bool) -> tuple[Tensor, Tensor]:
-    """The output and the mask."""
-    mask = drawn_mask(x, p)
+def dropout_fwd(x: Tensor, mask: Tensor, keep: float, inplace: bool) -> Tensor:
     y = opmath(x) * (mask.to(opmath(x).dtype) / keep)
-    return (x.copy_(y) if inplace else rounded(y, x)), mask
+    return x.copy_(y) if inplace else rounded(y, x)
 
 
 @accelerated(None)

@@ -23,7 +23,8 @@ from torch.optim.optimizer import (
 )
 
 from torchref.autograd import opmath
-from torchref.dispatch import can_compile, compiled_variant, get_backend, is_plain, kind, traced
+from torchref.compilation import can_compile, compiled_variant, kind, traced
+from torchref.dispatch import get_backend, is_plain
 
 # A hyperparameter: a number, or a tensor of one element where torch allows it.
 Scalar = float | Tensor

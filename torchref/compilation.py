@@ -170,7 +170,7 @@ class _Replay(NamedTuple):
 
 @functools.lru_cache(256)
 def _number(value: float) -> Tensor:
-    """A float as code takes it. Not for Dynamo, which makes one input of two that are one tensor."""
+    """A float as code takes it. Not for Dynamo: of two that are one tensor it makes one input."""
     return traced(value)
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 REPLAYS = 256  # that a formula remembers, before it begins anew
+LARGE = 2**15  # elements, from which on code is for many threads
 
 
 class Compiled:
@@ -34,7 +35,8 @@ class Compiled:
         signature = _signature(args)
         if signature in self.replays:
             return self.replays[signature](args)
-        variant, _ = compiled_variant(self.formula, tuple(map(kind, args)))
+        large = any(arg.numel() >= LARGE for arg in args if isinstance(arg, Tensor))
+        variant, _ = compiled_variant(self.formula, tuple(map(kind, args)), large)
         given = tuple(map(traced, args))
         # One grad mode for all: autograd is not recording here, or the formula would have run. And
         # floats in the code, such as pi, are constants: those that vary are arguments.
@@ -50,11 +52,13 @@ class Compiled:
 
 
 def compiled_variant(
-    formula: Callable[..., Any], key: tuple[Any, ...]
+    formula: Callable[..., Any], key: tuple[Any, ...], large: bool = True
 ) -> tuple[Callable[..., Any], bool]:
     """The compilation of a formula for arguments of one :func:`kind`, and whether it is new.
 
-    It takes the arguments as :func:`traced` makes them.
+    It takes the arguments as :func:`traced` makes them. Inductor leaves sizes open, but looks at
+    the first ones to choose between one thread and many, in a process or, with its cache, ever; so
+    ``large`` and small arguments have code of their own.
 
     Dynamo gives up after eight recompilations of one code object and would then run eager without
     a word. So each kind of arguments (dtype, rank, memory layout, sizes of 0 and 1) compiles a
@@ -62,10 +66,12 @@ def compiled_variant(
     what is left of that silence into an error.
     """
     variants = _variants.setdefault(formula, {})
+    key = (large, *key)
     is_new = key not in variants
     if is_new:
         clone = _clone(formula, len(variants))
-        variants[key] = torch.compile(clone, fullgraph=True, dynamic=True, backend=_inductor)
+        backend = functools.partial(_inductor, large)
+        variants[key] = torch.compile(clone, fullgraph=True, dynamic=True, backend=backend)
     return variants[key], is_new
 
 
@@ -137,12 +143,19 @@ def _recording() -> Iterator[list[_Call]]:
         _thread.calls = None
 
 
-def _inductor(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Sequence[Any]]:
+def _inductor(
+    large: bool, graph: torch.fx.GraphModule, inputs: list[Any]
+) -> Callable[..., Sequence[Any]]:
     """Inductor as a backend of torch.compile, which notes the calls of its code."""
     from torch._inductor.compile_fx import compile_fx  # slow to import
 
-    # Sizes and strides need no second look: they are in the key, or the code leaves them open.
-    run: Any = compile_fx(graph, inputs, config_patches={"size_asserts": False})
+    options = {
+        # Sizes and strides need no second look: they are in the key, or the code leaves them open.
+        "size_asserts": False,
+        # of elements for a thread; that it is another keeps the two apart in Inductor's cache
+        "cpp.min_chunk_size": 1024 if large else 512,
+    }
+    run: Any = compile_fx(graph, inputs, config_patches=options)
 
     def noted(*inputs: Any) -> Sequence[Any]:
         outputs = run(*inputs)

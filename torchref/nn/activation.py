@@ -656,9 +656,14 @@ def _sigmoid(x: Tensor) -> Tensor:
 
 
 def _tanh(x: Tensor) -> Tensor:
-    # At 30 tanh is 1 in every type, and e^60 does not overflow. expm1 keeps the digits near 0.
-    t = (2 * x).clamp_max(60).expm1()
-    return t / (t + 2)
+    # Products choose, not torch.where, which on a CPU takes ten times as long for random signs.
+    sign = 1 - 2 * (x < 0).to(x.dtype)
+    a = sign * x
+    near = (a < 0.5).to(x.dtype)
+    # At 30 tanh is 1 in every type, and e^60 does not overflow.
+    t = (2 * a).clamp_max(60).expm1()
+    # expm1 keeps the digits near 0, the difference from 1 those of the gradient 1 - y^2.
+    return sign * (near * (t / (t + 2)) + (1 - near) * (1 - 2 / (t + 2)))
 
 
 def _write(y: Tensor, x: Tensor, inplace: bool) -> Tensor:

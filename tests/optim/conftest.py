@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from torchref import dispatch
+from torchref import compilation
 from torchref.optim import _update
 
 _traced_variants = {}  # kept from test to test
@@ -14,17 +14,17 @@ def _compile_without_code_generation(request, monkeypatch):
         return
     real = torch.compile
 
-    def compile_(function, backend="aot_eager", options=None, **kwargs):
-        return real(function, backend=backend, **kwargs)
+    def compile_(function, backend=None, **kwargs):
+        return real(function, backend="aot_eager", **kwargs)
 
     monkeypatch.setattr(torch, "compile", compile_)
-    monkeypatch.setattr(dispatch, "_variants", _traced_variants)
+    monkeypatch.setattr(compilation, "_variants", _traced_variants)
     monkeypatch.setattr(_update, "BATCH", 3)  # soon traced, and the last batch is not full
 
 
 @pytest.fixture
 def inductor(monkeypatch):
-    monkeypatch.setattr(dispatch, "_variants", {})
+    monkeypatch.setattr(compilation, "_variants", {})
     _update._examples.cache_clear()
     yield
     _update._examples.cache_clear()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import torchref
-from torchref import dispatch
+from torchref import compilation
 from torchref.optim import adam, rmsprop, sgd
 
 NAMES = ("SGD", "RMSprop", "Adam", "AdamW")
@@ -189,6 +189,6 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         compilations.append(function)
         return real(function, **kwargs)
 
-    monkeypatch.setattr(dispatch, "_variants", {})
+    monkeypatch.setattr(compilation, "_variants", {})
     monkeypatch.setattr(torch, "compile", compile_)
     return compilations

@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks import results
 from benchmarks.options import OneLineParser
 from benchmarks.results import Record, Row
-from benchmarks.targets import TARGETS
+from benchmarks.targets import TARGETS, on_cpu
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 FASTER, SLOWER, TIE = "#1f77b4", "#d95f02", "0.7"
@@ -42,6 +42,10 @@ TARGETS_INTRODUCTION = """\
 What the kernels should reach on an H100: the share of the bandwidth that a copy reached in the same
 run, and the ratio of others' time to ours. Of all operations and sizes in a row the worst counts,
 forward / forward and backward. Where it was not measured, the table says so.
+"""
+CPU_INTRODUCTION = """\
+On a CPU, forward and backward, against torch in the same run; a piece counts with the slowest of
+its sizes and layouts from 1,048,576 elements on. [cpu.md](cpu.md) says what limits it.
 """
 TARGETS_HEADER = [
     *("", "fraction of copy", "measured", "to torch", "measured", "to torch.compile", "measured")
@@ -204,6 +208,10 @@ def targets(records: list[Record]) -> list[str]:
         parts.append(markdown([TARGETS_HEADER, *(target.line(rows) for target in TARGETS)]))
         if record:
             parts.append(f"    {record['command']}")
+    for record in records:
+        if not is_gpu(record) and len(lines := on_cpu(record["rows"])) > 1:
+            parts += [CPU_INTRODUCTION, f"Measured on {record['environment']['device']}:"]
+            parts += [markdown(lines), f"    {record['command']}"]
     return parts
 
 

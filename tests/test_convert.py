@@ -70,7 +70,8 @@ def counting():
 def test_every_module_of_ours_is_found():
     ours = {name for name, cls in vars(torchref.nn).items() if isinstance(cls, type)}
     assert {cls.__name__ for cls in OURS.values()} == {n for n in ours if hasattr(nn, n)}
-    assert all(issubclass(cls, theirs) for theirs, cls in OURS.items())
+    derived = {cls for theirs, cls in OURS.items() if issubclass(cls, theirs)}
+    assert derived == set(OURS.values()) - {torchref.nn.SyncBatchNorm}
     names = [n for n in vars(torchref.nn.functional) if n[0] != "_" and hasattr(F, n)]
     assert {getattr(F, name) for name in names} <= FUNCTIONS.keys()
 

@@ -17,6 +17,7 @@ FUSED_MODULES = {
     "BatchNormAct3d",
     "LinearActDropout",
     "LinearCrossEntropyLoss",
+    "SyncBatchNormAct",
 }
 NAMES = [name for name in vars(torchref.nn.functional) if name[0] != "_"]
 FUNCTIONS = [n for n in NAMES if n not in FUSED or hasattr(torch.nn.functional, n)]
@@ -85,7 +86,8 @@ def test_modules(name):
     ours, theirs = getattr(torchref.nn, name), getattr(torch.nn, name)
     pair = [inspect.signature(cls.__init__) for cls in (ours, theirs)]
     check(name, *map(arguments, pair))
-    assert issubclass(ours, theirs)
+    # DistributedDataParallel refuses subclasses of torch's on a CPU
+    assert issubclass(ours, theirs) or name == "SyncBatchNorm"
     assert ours.__doc__.startswith(f"Drop-in for :class:`torch.nn.{name}`")
 
 
@@ -97,7 +99,7 @@ def test_a_change_of_class_swaps_and_swaps_back(name):
     module = theirs(*args)
     before = {k: id(v) for k, v in module.state_dict(keep_vars=True).items()}
     module.__class__ = ours
-    inputs = [torch.rand(4, 3, *[2] * (int(name[-2]) if "Norm" in name else 0))]
+    inputs = [torch.rand(4, 3, *[2] * (int(name[-2]) if name.startswith("Batch") else 0))]
     if "Loss" in name:
         index = name in ("CrossEntropyLoss", "NLLLoss")
         inputs.append(torch.tensor([0, 1, 2, 0]) if index else torch.rand(4, 3))

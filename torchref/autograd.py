@@ -103,6 +103,20 @@ def opmath(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def summed(x: Tensor) -> Tensor:
+    """The sum over the first dimension.
+
+    Inductor's code for a CPU adds one row after the other, so that many rows round often: it adds
+    64 at a time first. In eager torch does so itself.
+    """
+    rows = x.shape[0]
+    if not (torch.compiler.is_compiling() and x.is_cpu) or rows < 128:
+        return x.sum(0)
+    whole = rows // 64 * 64
+    parts = x[:whole].unflatten(0, (whole // 64, 64)).sum(1)
+    return summed(parts) + x[whole:].sum(0)
+
+
 def rounded(y: Tensor, like: Tensor) -> Tensor:
     """``y`` in the type of ``like``.
 

@@ -145,7 +145,7 @@ def revert(model: nn.Module) -> None:
             del attributes[option]
         if attributes.get("cls_to_become") in THEIRS:
             del attributes["cls_to_become"]
-        for name, function in attributes.pop(_REPLACED, {}).items():
+        for name, function in attributes.pop(REPLACED, {}).items():
             if attributes.get(name) is FUNCTIONS[function]:
                 attributes[name] = function
         module.__class__ = _rebased(type(module), _torchs)
@@ -157,6 +157,7 @@ OURS: dict[type, type] = {
     for name, cls in vars(torchref.nn).items()
     if isinstance(cls, type) and issubclass(cls, getattr(nn, name, ()))
 }
+OURS[nn.SyncBatchNorm] = torchref.nn.SyncBatchNorm
 THEIRS = {ours: theirs for theirs, ours in OURS.items()}
 
 
@@ -184,7 +185,7 @@ for _owner in (torch, Tensor):
         _owner.log_softmax: _log_softmax,
     }
 
-_REPLACED = "_torchref_replaced"  # where a module keeps the functions that its attributes were
+REPLACED = "_torchref_replaced"  # where a module keeps the functions that its attributes were
 _WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
 _FAST_PATH = (
     "TransformerEncoderLayer: in eval without gradients, torch's native fast path bypasses its "
@@ -267,7 +268,7 @@ def _swap_functions(module: nn.Module) -> dict[str, str]:
         if value in FUNCTIONS
     }
     if found:
-        vars(module).setdefault(_REPLACED, {}).update(found)
+        vars(module).setdefault(REPLACED, {}).update(found)
         vars(module).update({name: FUNCTIONS[value] for name, value in found.items()})
     return {name: FUNCTIONS[value].__name__ for name, value in found.items()}
 

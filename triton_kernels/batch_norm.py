@@ -531,12 +531,36 @@ def batch_norm_fwd(
     param: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = packed(x)
-    mean, rstd = _per_channel(x), _per_channel(x)
     moved = _contiguous(running_mean), _contiguous(running_var)
     n = x.numel() // x.shape[1]
     correction = n / (n - 1) if unbiased else 1.0
+    mean, rstd = _statistics(x, *moved, momentum, eps, correction)
+    for running, new in zip((running_mean, running_var), moved, strict=True):
+        if running is not None and new is not None:
+            written(running, new)
+    then = (residual, activation, param)
+    return _apply(x, weight, bias, mean, rstd, eps, False, *then), mean, rstd
+
+
+def batch_norm_stats_fwd(x: Tensor) -> tuple[Tensor, Tensor]:
+    x = packed(x)
+    mean, var = _per_channel(x).zero_(), _per_channel(x).zero_()
+    _statistics(x, mean, var, 1.0, 1.0, 1.0)  # as running ones that the batch's replace
+    return mean, var
+
+
+def _statistics(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float | Tensor,
+    eps: float,
+    correction: float,
+) -> tuple[Tensor, Tensor]:
+    """The mean and 1 / deviation; moves the running ones."""
+    mean, rstd = _per_channel(x), _per_channel(x)
     share = (0.0, momentum) if isinstance(momentum, Tensor) else (float(momentum), None)
-    results = (mean, rstd, *moved, *share, eps, correction)
+    results = (mean, rstd, running_mean, running_var, *share, eps, correction)
     plan = _reduction(x, STATS_TILE)
     partial = plan.partial_results(4, x)
     sizes = (plan.outer, plan.channels, plan.steps, plan.groups, plan.parts, plan.tiles)
@@ -554,11 +578,7 @@ def batch_norm_fwd(
         args = (partial, *results, plan.partials)
         block = power_of_2(plan.partials, 32, MAX_PARTIALS)
         launch(_batch_norm_merge_stats_kernel, plan.channels, *args, BLOCK=block)
-    for running, new in zip((running_mean, running_var), moved, strict=True):
-        if running is not None and new is not None:
-            written(running, new)
-    then = (residual, activation, param)
-    return _apply(x, weight, bias, mean, rstd, eps, False, *then), mean, rstd
+    return mean, rstd
 
 
 def batch_norm_eval_fwd(
@@ -608,6 +628,25 @@ def batch_norm_eval_bwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     then = (bias, kept, activation, param)
     return _backward(dy, x, weight, running_mean, running_var, eps, True, wanted, *then)
+
+
+def batch_norm_dx_bwd(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    dbias: Tensor,
+    dscale: Tensor,
+) -> Tensor:
+    x = packed(x)
+    dx = torch.empty_like(x)
+    channels = (*map(_contiguous, (mean, rstd, weight)), None, 0.0)
+    then = _Then(None, None, 0.0, 0.0)
+    sums = (dbias.contiguous(), dscale.contiguous(), 1.0)
+    args = (laid_out_as(dy, x), x, dx, *channels, *then.arguments(None), *sums)
+    _map(_batch_norm_dx_kernel, x, args, False, **then.constexprs)
+    return dx
 
 
 def _apply(

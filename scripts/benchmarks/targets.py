@@ -1,8 +1,13 @@
-"""What the kernels should reach on an H100 at large sizes, and which rows tell whether they do."""
+"""What the kernels should reach on an H100 at large sizes, and which rows tell whether they do.
 
+And what the formulas should reach on a CPU, compiled and not.
+"""
+
+import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from . import results
 from .results import Row, groups
 
 Group = dict[str, Row]  # by implementation
@@ -202,3 +207,40 @@ TARGETS = [
         ),
     ),
 ]
+
+# Of an implementation on the CPU, the least ratio to torch's time and the least geometric mean of
+# the ratios, forward and backward, from `results.LARGE` elements on.
+CPU_TARGETS = {"compiled": (1.0, 1.8), "formula": (1 / 3, 0.5)}
+
+
+def on_cpu(rows: list[Row]) -> list[list[str]]:
+    """A header, then two lines for each of ``CPU_TARGETS``: what is wanted, and what was measured.
+
+    A piece counts with the slowest of its sizes and layouts.
+    """
+    lines = [["", "wanted", "measured", "below"]]
+    for name, (least, mean) in CPU_TARGETS.items():
+        slowest: dict[str, Row] = {}
+        for row in rows:
+            counts = row["section"] == "pieces" and row["pass"] == "forward+backward"
+            counts = counts and row["implementation"] == name and row["ratio_to_torch"]
+            if counts and row["elements"] >= results.LARGE:
+                slowest[row["op"]] = min(slowest.get(row["op"], row), row, key=_ratio)
+        if not slowest:
+            continue
+        ratios = {op: _ratio(row) for op, row in slowest.items()}
+        below = sorted((op for op in ratios if _misses(slowest[op], least)), key=ratios.__getitem__)
+        shown = ", ".join(f"{op} {ratios[op]:.2f}" for op in below)
+        worst = f"{min(ratios.values()):.2f}; {len(below)} of {len(ratios)} below"
+        lines.append([f"{name}: each piece", f">= {least:.2f}, or a tie", worst, shown])
+        measured = statistics.geometric_mean(ratios.values())
+        lines.append([f"{name}: geometric mean", f">= {mean:.2f}", f"{measured:.2f}", ""])
+    return lines
+
+
+def _ratio(row: Row) -> float:
+    return row["ratio_to_torch"]
+
+
+def _misses(row: Row, least: float) -> bool:
+    return row["ratio_to_torch"] < least / (1 + row["spread"])

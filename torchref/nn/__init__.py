@@ -29,3 +29,5 @@ from torchref.nn.loss import L1Loss as L1Loss
 from torchref.nn.loss import MSELoss as MSELoss
 from torchref.nn.softmax import LogSoftmax as LogSoftmax
 from torchref.nn.softmax import Softmax as Softmax
+from torchref.nn.sync_batch_norm import SyncBatchNorm as SyncBatchNorm
+from torchref.nn.sync_batch_norm import SyncBatchNormAct as SyncBatchNormAct

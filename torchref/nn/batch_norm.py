@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
-from torchref.autograd import Function, opmath, rounded
+from torchref.autograd import Function, opmath, rounded, summed
 from torchref.dispatch import accelerated
 from torchref.nn.activation import FUSED, checked_activation
 
@@ -29,9 +29,8 @@ class _BatchNorm(TorchBatchNorm):
         unbiased_running_var: bool = True,
         **kwargs,  # `bias`, from torch 2.13 on
     ) -> None:
-        super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, device, dtype, **kwargs
-        )
+        made = {"device": device, "dtype": dtype, **kwargs}
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, **made)
         self.unbiased_running_var = unbiased_running_var
 
     def forward(self, input: Tensor) -> Tensor:
@@ -243,7 +242,7 @@ def batch_norm(
     Source: Ioffe and Szegedy, "Batch normalization: accelerating deep network training by reducing
     internal covariate shift", 2015.
     """
-    _check("batch_norm", input, running_mean, running_var, weight, bias, training, eps)
+    check("batch_norm", input, running_mean, running_var, weight, bias, training, eps)
     statistics = (running_mean, running_var, training, momentum, eps, unbiased_running_var)
     return _run(input, weight, bias, None, *statistics, None, 0.0)
 
@@ -299,13 +298,8 @@ def batch_norm_act(
     Source: He et al., "Deep residual learning for image recognition", 2016.
     """
     name = "batch_norm_act"
-    _check(name, input, running_mean, running_var, weight, bias, training, eps)
-    argument = checked_activation(name, activation, param)
-    if residual is not None and (residual.shape, residual.dtype) != (input.shape, input.dtype):
-        raise ValueError(
-            f"{name}: expected `residual` of shape {tuple(input.shape)} and type {input.dtype}, "
-            f"got {tuple(residual.shape)} and {residual.dtype}"
-        )
+    check(name, input, running_mean, running_var, weight, bias, training, eps)
+    argument = checked_then(name, input, residual, activation, param)
     statistics = (running_mean, running_var, training, momentum, eps, unbiased_running_var)
     return _run(input, weight, bias, residual, *statistics, activation, argument)
 
@@ -362,7 +356,8 @@ class BatchNormFunction(Function):
         ctx.set_materialize_grads(False)
         ctx.then = activation, param
         shift = None if activation is None else bias
-        ctx.save_for_backward(x, weight, mean, rstd, shift, _kept(residual, y, activation))
+        kept = kept_for_backward(residual, y, activation)
+        ctx.save_for_backward(x, weight, mean, rstd, shift, kept)
 
     @staticmethod
     def backward(ctx, dy, *_):
@@ -396,10 +391,10 @@ def batch_norm_fwd(
     x32 = opmath(x)
     mean, rstd, var, centred = _statistics(x32, eps)
     if running_mean is not None:
-        _move(running_mean, mean, momentum)
+        move(running_mean, mean, momentum)
     if running_var is not None:
         n = x.numel() // x.shape[1]
-        _move(running_var, var * (n / (n - 1)) if unbiased else var, momentum)
+        move(running_var, var * (n / (n - 1)) if unbiased else var, momentum)
     y = _affine(centred, rstd, weight, bias)
     return rounded(_activated(y, residual, activation, param), x), mean, rstd
 
@@ -428,9 +423,7 @@ def batch_norm_bwd(
     dx = None
     if wanted[0]:
         n = max(x.numel() // max(x.shape[1], 1), 1)
-        share = _channels(-dweight * rstd / n, x)
-        inner = torch.addcmul(dy32 - _channels(dbias / n, x), centred, share)
-        dx = rounded(_channels(_scale(rstd, weight), x) * inner, x)
+        dx = rounded(_dx(dy32, centred, rstd, weight, dbias / n, dweight / n), x)
     dresidual = rounded(dy32, x) if wanted[3] else None
     return dx, _cast(dweight, weight, wanted[1]), dbias if wanted[2] else None, dresidual
 
@@ -458,7 +451,7 @@ class BatchNormEvalFunction(Function):
         x, weight, bias, residual, running_mean, running_var, ctx.eps, *ctx.then = inputs
         ctx.bias_dtype = x.dtype if bias is None else bias.dtype
         shift = None if ctx.then[0] is None else bias
-        kept = _kept(residual, output, ctx.then[0])
+        kept = kept_for_backward(residual, output, ctx.then[0])
         ctx.save_for_backward(x, weight, running_mean, running_var, shift, kept)
 
     @staticmethod
@@ -520,6 +513,40 @@ def batch_norm_eval_bwd(
     return dx, _cast(dweight, weight, wanted[1]), dbias, dresidual
 
 
+@accelerated("batch_norm")
+def batch_norm_stats_fwd(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each channel's mean and biased variance, for SyncBatchNorm."""
+    mean, _, var, _ = _statistics(opmath(x), 1.0)
+    return mean, var
+
+
+@accelerated("batch_norm")
+def batch_norm_dx_bwd(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    dbias: Tensor,
+    dscale: Tensor,
+) -> Tensor:
+    """The gradient of x from the means of dy and of dy times normalized x, for SyncBatchNorm."""
+    centred = opmath(x) - _channels(mean, x)
+    return rounded(_dx(opmath(dy), centred, rstd, weight, dbias, dscale), x)
+
+
+def _dx(
+    dy: Tensor,
+    centred: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    dbias: Tensor,
+    dscale: Tensor,
+) -> Tensor:
+    inner = torch.addcmul(dy - _channels(dbias, dy), centred, _channels(-dscale * rstd, dy))
+    return _channels(_scale(rstd, weight), dy) * inner
+
+
 def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Each channel's mean, 1 / sqrt(variance + eps) and biased variance, in two passes; x - mean.
 
@@ -572,12 +599,12 @@ def _before_activation(
     return FUSED[activation].bwd(dy, u, param)
 
 
-def _kept(residual: Tensor | None, y: Tensor, activation: str | None) -> Tensor | None:
+def kept_for_backward(residual: Tensor | None, y: Tensor, activation: str | None) -> Tensor | None:
     """What else backward reads to know what the activation saw."""
     return y if residual is not None and activation == "relu" else residual
 
 
-def _move(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
+def move(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
     running.copy_((1 - momentum) * opmath(running) + momentum * batch.detach())
 
 
@@ -595,10 +622,10 @@ def _channels(t: Tensor, x: Tensor) -> Tensor:
 
 def _sums(x: Tensor) -> Tensor:
     """Those of each channel, over samples last: chains half as long, in which less is rounded."""
-    return x.sum(list(range(2, x.ndim))).sum(0) if x.ndim > 2 else x.sum(0)
+    return summed(x.sum(list(range(2, x.ndim))) if x.ndim > 2 else x)
 
 
-def _check(
+def check(
     name: str,
     input: Tensor,
     running_mean: Tensor | None,
@@ -607,7 +634,9 @@ def _check(
     bias: Tensor | None,
     training: bool,
     eps: float,
+    alone: bool = True,
 ) -> None:
+    """Raise where :func:`batch_norm` says; ``alone`` says that no other process adds values."""
     if not input.is_floating_point():
         raise NotImplementedError(f"{name}: expected a floating point `input`, got {input.dtype}")
     if input.ndim < 2:
@@ -630,8 +659,21 @@ def _check(
         raise ValueError(f"{name}: expected both `running_mean` and `running_var`, or neither")
     if eps < 0 or (training and eps == 0):
         raise ValueError(f"{name}: expected a positive `eps`, got {eps}")
-    if training and input.shape[0] * math.prod(input.shape[2:]) == 1:
+    if training and alone and input.shape[0] * math.prod(input.shape[2:]) == 1:
         raise ValueError(
             f"{name}: expected more than 1 value per channel when training, got `input` of "
             f"shape {tuple(input.shape)}"
         )
+
+
+def checked_then(
+    name: str, input: Tensor, residual: Tensor | None, activation: str, param: float | None
+) -> float:
+    """The activation's argument; raises where :func:`batch_norm_act` says."""
+    argument = checked_activation(name, activation, param)
+    if residual is not None and (residual.shape, residual.dtype) != (input.shape, input.dtype):
+        raise ValueError(
+            f"{name}: expected `residual` of shape {tuple(input.shape)} and type {input.dtype}, "
+            f"got {tuple(residual.shape)} and {residual.dtype}"
+        )
+    return argument

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from torchref.autograd import Function, opmath, rounded
+from torchref.autograd import Function, opmath, rounded, summed
 from torchref.dispatch import accelerated, will_run_kernel
 from torchref.nn.activation import FUSED, checked_activation
 from torchref.nn.dropout import drawn_mask, mask_of
@@ -200,7 +200,7 @@ def bias_act_dropout_bwd(
     elif activation == "relu":  # whose output is 0 where an element was dropped
         dy32 = dy32 / (1 - p)
     dx = FUSED[activation].bwd(dy32, _biased(kept, bias), param)
-    return rounded(dx, kept) if wanted[0] else None, dx.sum(0) if wanted[1] else None
+    return rounded(dx, kept) if wanted[0] else None, summed(dx) if wanted[1] else None
 
 
 def _biased(x: Tensor, bias: Tensor | None) -> Tensor:

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from torchref.autograd import Function, autocast, opmath, rounded
+from torchref.autograd import Function, autocast, opmath, rounded, summed
 from torchref.dispatch import accelerated
 
 
@@ -89,7 +89,7 @@ def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @accelerated("linear")
 def linear_bias_bwd(dy: Tensor) -> Tensor:
-    return rounded(opmath(dy).sum(0), dy)
+    return rounded(summed(opmath(dy)), dy)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -506,8 +506,9 @@ def nll_loss_bwd(
 ) -> Tensor:
     dim = _class_dim(x)
     kept, index, row_weight = _rows(opmath(x), target, weight, ignore_index)
-    dx = -row_weight.unsqueeze(dim) * _row_gradient(dy, total, reduction, dim)
-    return rounded(torch.where(kept.unsqueeze(dim) & _one_hot(index, x), dx, 0), x)
+    hit = -row_weight.unsqueeze(dim) * _row_gradient(dy, total, reduction, dim)
+    hit = torch.where(kept.unsqueeze(dim), hit, 0)
+    return rounded(torch.zeros_like(opmath(x)).scatter(dim, index.unsqueeze(dim), hit), x)
 
 
 def _class_dim(x: Tensor) -> int:

@@ -8,6 +8,9 @@
 Every implementation is checked before it is timed, all of a case in turns, in an order drawn anew
 each round, and the median counts. A ratio is torch's time over another's: above 1, that one is
 faster. "torch again" is torch's against itself: what is as near to 1 is a tie, marked ~.
+
+--compare names what moved between two runs by more than chance, and ends with status 1 where one of
+ours lost more than a fifth: a guard against regressions that needs no GPU.
 """
 
 import argparse
@@ -28,8 +31,9 @@ QUICK = 7 * 60  # seconds, after which nothing new is begun
 def main(argv: list[str] | None = None) -> int:
     arguments = parsed(argv)
     if arguments.compare:
-        print("\n".join(results.compare(*arguments.compare)))
-        return 0
+        lines, is_slower = results.compare(*arguments.compare)
+        print(*lines, sep="\n")
+        return int(is_slower)
     command = " ".join(["python scripts/benchmark.py", *(sys.argv[1:] if argv is None else argv)])
     record = {"command": command, "environment": results.environment(arguments.device)}
     print(", ".join(f"{name} {value}" for name, value in record["environment"].items()), flush=True)

@@ -7,6 +7,10 @@
 ``triton``      the kernel; an error that says why where it cannot run
 ==============  ==================================================================================
 
+``auto`` compiles nothing, not even a formula that a CPU has computed a thousand times: compiled
+code rounds in other places, so the bits of a run would depend on how often a piece had run before,
+and would change when it resumes. See docs/cpu.md for what compiling brings.
+
 The choice is process-wide, like ``torch.backends``': ``TORCHREF_BACKEND`` at import,
 :func:`set_backend` later, :func:`backend` for a block. A backward pass runs what its forward pass
 ran, in whatever thread autograd calls it.

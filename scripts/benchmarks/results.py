@@ -51,6 +51,7 @@ FIGURES = (
     *("spread", "tie", "note"),
 )
 LARGE = 2**20  # elements from which on a ratio counts in the geometric means
+MARGIN = 1.2  # between two runs
 
 
 def group(section: str, op: str, which: str, shape: str, elements: int, **rest: str) -> Row:
@@ -275,11 +276,12 @@ def read(path: Path) -> Record:
     return record
 
 
-def compare(before: Record, after: Record) -> list[str]:
-    """What moved from one run to another, a line each.
+def compare(before: Record, after: Record) -> tuple[list[str], bool]:
+    """What moved from one run to another, a line each, and whether one of ours is slower.
 
     It is ratios to torch that are compared: torch runs in both, so that it does not matter whether
-    the machine was slower that day. What moved did so by more than the spreads of both runs.
+    the machine was slower that day. What moved did so by more than the spreads of both runs. Ours
+    is slower where it moved by more than ``MARGIN``, too: of many rows, some do by chance.
     """
     lines = [
         f"{name}: {old} -> {after['environment'].get(name)}"
@@ -289,7 +291,7 @@ def compare(before: Record, after: Record) -> list[str]:
     earlier = {_identity(row): row for row in before["rows"] if row["ratio_to_torch"]}
     later = {_identity(row): row for row in after["rows"] if row["ratio_to_torch"]}
     common = [key for key in later if key in earlier and later[key]["implementation"] != "torch"]
-    moved = 0
+    moved, is_slower = 0, False
     for key in common:
         old, new = earlier[key], later[key]
         change = new["ratio_to_torch"] / old["ratio_to_torch"]
@@ -297,9 +299,10 @@ def compare(before: Record, after: Record) -> list[str]:
             moved += 1
             what = " ".join(str(part) for part in key if part not in ("pieces", "contiguous"))
             verdict = "faster" if change > 1 else "slower"
+            is_slower |= change < 1 / MARGIN and not new["implementation"].startswith("torch")
             ratios = f"{old['ratio_to_torch']:.2f} -> {new['ratio_to_torch']:.2f}"
             lines.append(f"{verdict}: {what}: {ratios} x torch")
-    return [*lines, f"{moved} of {len(common)} rows that both runs timed have moved"]
+    return [*lines, f"{moved} of {len(common)} rows that both runs timed have moved"], is_slower
 
 
 def _identity(row: Row) -> tuple[str, ...]:

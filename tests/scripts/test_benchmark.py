@@ -290,12 +290,32 @@ def record(*rows, **environment):
 def test_comparison_names_what_moved_beyond_both_spreads():
     before = record(row(1, 1.0, 1.0), row(2, 1.0, 1.0), row(3, 1.0, 1.0), row(4, 1.0, 1.0))
     after = record(row(1, 9.0, 1.09), row(2, 1.0, 1.2), row(3, 1.0, 0.5), row(5, 1.0, 1.0))
-    assert results.compare(before, after) == [
+    lines, is_slower = results.compare(before, after)
+    assert lines == [
         "faster: relu forward formula 2 float32 eager: 1.00 -> 1.20 x torch",
         "slower: relu forward formula 3 float32 eager: 1.00 -> 0.50 x torch",
         "2 of 3 rows that both runs timed have moved",
     ]
-    assert results.compare(record(), record(torch="2.14.0"))[0] == "torch: 2.13.0 -> 2.14.0"
+    assert is_slower
+    lines, is_slower = results.compare(record(), record(torch="2.14.0"))
+    assert lines[0] == "torch: 2.13.0 -> 2.14.0"
+    assert not is_slower
+
+
+@pytest.mark.parametrize(
+    ("implementation", "ratio", "slower"),
+    [("formula", 0.85, False), ("formula", 0.8, True), ("torch.compile", 0.8, False)],
+)
+def test_comparison_fails_where_one_of_ours_lost_a_fifth(
+    implementation, ratio, slower, tmp_path, capsys
+):
+    files = []
+    for number, value in enumerate((1.0, ratio)):
+        files.append(tmp_path / f"{number}.json")
+        rows = [row(1, 1.0, value) | {"implementation": implementation}]
+        results.write(files[-1], record(*rows))
+    assert benchmark.main(["--compare", *map(str, files)]) == slower
+    assert "1 of 1 rows that both runs timed have moved" in capsys.readouterr().out
 
 
 def test_the_arithmetic_of_a_gpu():

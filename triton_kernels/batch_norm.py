@@ -16,7 +16,8 @@ residual and an activation join the pointwise pass: the residual is 1 element mo
 more backward, where the reduction reads what was kept (the residual, or the output of a ReLU) and
 writes the residual's gradient, which is then all that the second pass needs of the upstream one.
 Without a residual the activation moves nothing: what it saw is computed from x again, which
-evaluation then reads backward too (3).
+evaluation then reads backward too (3). SyncBatchNorm takes the passes one by one: x for the
+statistics (1), the evaluation's forward (2) and its sums (2), and dy and x for dx (3).
 Computes in float32. Offsets have 64 bits; only the rows of the first kind and the columns of the
 second must be fewer than 2**31, as they are in any memory of today.
 """
@@ -544,7 +545,7 @@ def batch_norm_fwd(
 
 def batch_norm_stats_fwd(x: Tensor) -> tuple[Tensor, Tensor]:
     x = packed(x)
-    mean, var = _per_channel(x).zero_(), _per_channel(x).zero_()
+    mean, var = torch.zeros(2, x.shape[1], device=x.device)
     _statistics(x, mean, var, 1.0, 1.0, 1.0)  # as running ones that the batch's replace
     return mean, var
 

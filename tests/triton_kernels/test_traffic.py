@@ -182,6 +182,16 @@ for layout, x, launches in (("NCHW", NCHW, 2), ("NHWC", NHWC, 3)):  # of which o
             1,
             2,
         ),
+        f"batch norm's statistics alone, {layout}": (
+            lambda x=x: batch_norm.batch_norm_stats_fwd(x),
+            launches,  # one writes zeros
+            1,
+        ),
+        f"batch norm backward from sums, {layout}": (
+            lambda x=x: batch_norm.batch_norm_dx_bwd(x, x, *[CHANNELS] * 5),
+            1,
+            3,
+        ),
         f"batch norm evaluation backward, dx alone, {layout}": (
             lambda x=x: batch_norm.batch_norm_eval_bwd(
                 x, x, *[CHANNELS] * 3, 1e-5, (True, False, False, False)

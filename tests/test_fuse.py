@@ -154,3 +154,13 @@ def test_excluded_modules_are_left():
     torchref.convert(net, exclude=["0.2"], fuse=True)
     assert type(net[0][1]) is torchref.nn.BatchNorm2d
     assert type(net[0][2]) is nn.LeakyReLU
+
+
+def test_what_became_synchronized_reverts_to_that():
+    net = nn.Sequential(nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 3))
+    torchref.convert(net, fuse=True)
+    torchref.nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    assert type(net[0]) is torchref.nn.SyncBatchNormAct
+    torchref.revert(net)
+    assert [type(module) for module in net] == [nn.SyncBatchNorm, nn.ReLU, nn.Linear]
+    assert not {"activation", "param"} & vars(net[0]).keys()

@@ -64,8 +64,10 @@ def unfuse(module: nn.Module) -> None:
     """Give a module that :func:`fuse` changed its class back."""
     attributes = vars(module)
     if _WAS in attributes:
-        module.__class__ = attributes.pop(_WAS)
-        if type(module) in _FUSED:
+        was = attributes.pop(_WAS)
+        synchronizes = type(module) is ours.SyncBatchNormAct  # by convert_sync_batchnorm, later
+        module.__class__ = ours.SyncBatchNorm if synchronizes else was
+        if was in _FUSED:
             for option in ("activation", "param", "p"):
                 attributes.pop(option, None)
 

@@ -132,7 +132,8 @@ class BatchNormAct1d(_BatchNormAct, BatchNorm1d):
         activation, param: as in :func:`batch_norm_act`, keyword only.
         The others: as :class:`BatchNorm1d`'s.
 
-    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` knows no activation and would drop it.
+    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` knows no activation and would drop it; that of
+    :class:`SyncBatchNorm` keeps it.
 
     Example:
         >>> norm = torchref.nn.BatchNormAct1d(3, activation="silu")
@@ -152,7 +153,8 @@ class BatchNormAct2d(_BatchNormAct, BatchNorm2d):
         activation, param: as in :func:`batch_norm_act`, keyword only.
         The others: as :class:`BatchNorm2d`'s.
 
-    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` knows no activation and would drop it.
+    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` knows no activation and would drop it; that of
+    :class:`SyncBatchNorm` keeps it.
 
     Example:
         >>> norm = torchref.nn.BatchNormAct2d(3)
@@ -172,7 +174,8 @@ class BatchNormAct3d(_BatchNormAct, BatchNorm3d):
         activation, param: as in :func:`batch_norm_act`, keyword only.
         The others: as :class:`BatchNorm3d`'s.
 
-    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` knows no activation and would drop it.
+    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` knows no activation and would drop it; that of
+    :class:`SyncBatchNorm` keeps it.
 
     Example:
         >>> norm = torchref.nn.BatchNormAct3d(3, activation="leaky_relu", param=0.2)

@@ -164,14 +164,17 @@ def alone_in_its_group(rank: int, size: int, store: str, collected) -> None:
             call()
         except RuntimeError as error:
             errors.append(str(error))
-    collected[rank] = same, evaluated, errors
+    compiled = torch.compile(copy.deepcopy(shared), backend="aot_eager")
+    graph_breaks = torch.equal(compiled(x), copy.deepcopy(shared)(x))
+    collected[rank] = same, evaluated, graph_breaks, errors
     leave()
 
 
 def test_groups_of_one_evaluation_and_errors(tmp_path):
-    for same, evaluated, errors in spawned(alone_in_its_group, 2, tmp_path):
+    for same, evaluated, graph_breaks, errors in spawned(alone_in_its_group, 2, tmp_path):
         assert same
         assert evaluated
+        assert graph_breaks
         assert len(errors) == 4
         assert all("do not reach into other processes" in error for error in errors[:2]), errors
         assert "no second derivative" in errors[2]

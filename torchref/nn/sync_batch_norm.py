@@ -157,10 +157,8 @@ _BECOMES: dict[type, type] = {
 }
 
 
-_outside_of_graphs: Any = torch.compiler.disable  # whose type loses the function's arguments
-
-
-@_outside_of_graphs  # with its collectives, as torch's is
+# Outside of graphs with its collectives, as torch's is; `torch.compiler.disable` would import Dynamo.
+@torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
 def _sync_batch_norm(
     input: Tensor,
     residual: Tensor | None,

@@ -157,7 +157,7 @@ _BECOMES: dict[type, type] = {
 }
 
 
-# Outside of graphs with its collectives, as torch's is; `torch.compiler.disable` would import Dynamo.
+# With its collectives outside of graphs, as torch's; `torch.compiler.disable` would import Dynamo.
 @torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
 def _sync_batch_norm(
     input: Tensor,

@@ -195,7 +195,11 @@ def _signature(args: tuple[Any, ...]) -> Any:
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     if len({x.untyped_storage()._cdata for x in tensors}) < len(tensors):
         return None
-    settings = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    settings = (
+        torch.get_num_threads(),
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+    )
     return settings, *[
         (arg.dtype, arg.device, arg.shape, arg.stride())
         if isinstance(arg, Tensor)

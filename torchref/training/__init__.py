@@ -1,4 +1,4 @@
-"""The Lightning side: a classifier, its data, early stopping, the torch twin and the run."""
+"""The Lightning side: a classifier, its data, callbacks, the torch twin and the run."""
 
 try:
     import lightning.pytorch as _lightning  # noqa: F401
@@ -8,6 +8,8 @@ except ModuleNotFoundError as error:
         f"torchref.training: {error.name} is missing: pip install 'torchref-triton[train]'"
     ) from error
 
+from torchref.training.convert import ConvertCallback as ConvertCallback
+from torchref.training.convert import SyncBatchNormPlugin as SyncBatchNormPlugin
 from torchref.training.curves import plot_learning_curves as plot_learning_curves
 from torchref.training.data_module import ClassificationData as ClassificationData
 from torchref.training.early_stopping import EarlyStopping as EarlyStopping

@@ -166,3 +166,10 @@ def test_batch_and_stochastic_gradient_descent(tmp_path, batch_size):
 def test_a_wrong_value_is_named(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         Run(replace(IRIS, **change), root=tmp_path)
+
+
+def test_launched_processes_that_would_each_train_alone_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="devices: the launcher started 2 processes, .* say 1"):
+        Run(IRIS, root=tmp_path)
+    assert not list(tmp_path.iterdir())

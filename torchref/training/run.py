@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import platform
 import time
 import warnings
@@ -23,6 +24,7 @@ import torchref
 from torchref.data.datasets import load_dataset
 from torchref.data.normalize import Standard
 from torchref.training.checks import check_range
+from torchref.training.convert import SyncBatchNormPlugin
 from torchref.training.curves import plot_learning_curves
 from torchref.training.data_module import ClassificationData
 from torchref.training.early_stopping import EarlyStopping
@@ -94,6 +96,7 @@ class Config:
     accelerator: str = _option("auto", "Lightning's: auto, cpu, gpu, ...")
     devices: int | str = _option(1, "Lightning's: how many, which (0,1), or auto")
     strategy: str = _option("auto", "Lightning's: auto, ddp, ...")
+    num_nodes: int = _option(1, "machines, under a launcher on each")
     precision: int | str = _option("32", "Lightning's: 32, 64, 16-mixed, bf16-mixed, ...")
     threads: int | Literal["auto"] = _option(
         "auto", "CPU threads; auto is 1 for a small network, faster there, else torch's choice"
@@ -178,6 +181,12 @@ class Run:
             raise ValueError(f"devices: {error}") from None
         if str(config.precision) in ("16", "16-mixed") and self.trainer.precision == "bf16-mixed":
             raise ValueError("precision: 16-mixed needs a GPU; use bf16-mixed")
+        launched, joined = int(os.environ.get("WORLD_SIZE", 1)), self.trainer.world_size
+        if launched > joined:  # each would train a network of its own into the same folder
+            raise ValueError(
+                f"devices: the launcher started {launched} processes, `devices` and `num_nodes` "
+                f"say {joined}"
+            )
         if config.compile:
             self.model.compile_net()
 
@@ -218,6 +227,8 @@ class Run:
             accelerator=config.accelerator,
             devices=config.devices,
             strategy=config.strategy,
+            num_nodes=config.num_nodes,
+            plugins=[SyncBatchNormPlugin()],
             precision=config.precision,  # pyright: ignore[reportArgumentType]
             max_epochs=config.epochs,
             logger=CSVLogger(self.path.parent, name=self.path.name, version=""),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from torchref import dispatch
+from torchref.compilation import traces_formula
 
 
 class Function(torch.autograd.Function):
@@ -106,11 +107,11 @@ def opmath(x: Tensor) -> Tensor:
 def summed(x: Tensor) -> Tensor:
     """The sum over the first dimension.
 
-    Inductor's code for a CPU adds one row after the other, so that many rows round often: it adds
-    64 at a time first. In eager torch does so itself.
+    Inductor's code for a CPU adds one row after the other, so that many rows round often: our
+    compiled formulas add 64 at a time first. In eager torch does so itself.
     """
     rows = x.shape[0]
-    if not (torch.compiler.is_compiling() and x.is_cpu) or rows < 128:
+    if not (traces_formula() and x.is_cpu) or rows < 128:
         return x.sum(0)
     whole = rows // 64 * 64
     parts = x[:whole].unflatten(0, (whole // 64, 64)).sum(1)
@@ -157,6 +158,11 @@ def autocast(piece: str, *tensors: Any) -> tuple[Any, ...]:
         return tensors
     if not torch.is_autocast_enabled(device):
         return tensors
+    if piece == "binary_cross_entropy" and device == "cuda":
+        raise RuntimeError(
+            "binary_cross_entropy: unsafe under autocast on a GPU, where `input` may have been "
+            "rounded to 0 or 1; use binary_cross_entropy_with_logits, on what sigmoid got"
+        )
     if piece == "linear":
         dtype = torch.get_autocast_dtype(device)
     elif piece in _FLOAT32.get(device, ()):

@@ -134,12 +134,23 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
+class _Tracing:
+    formula = False  # whether a Compiled asks torch.compile, which sees a constant here
+
+
+def traces_formula() -> bool:
+    """Whether it is the ``compiled`` backend that traces, and not a user's torch.compile."""
+    return torch.compiler.is_compiling() and _Tracing.formula
+
+
 @contextlib.contextmanager
 def _recording() -> Iterator[list[_Call]]:
     calls = _thread.calls = []
+    _Tracing.formula = True
     try:
         yield calls
     finally:
+        _Tracing.formula = False
         _thread.calls = None
 
 

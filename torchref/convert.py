@@ -10,7 +10,7 @@ from types import BuiltinFunctionType, FunctionType, MethodDescriptorType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
@@ -209,7 +209,9 @@ class _Functional(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in FUNCTIONS and "out" not in kwargs and not self._will_recompute():
-            return FUNCTIONS[func](*args, **kwargs)
+            function = FUNCTIONS[func]
+            # where torch.fx traces, its Proxy is among the types; plain tensors mostly give none
+            return recorded(function, args, kwargs) if types else function(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _will_recompute(self) -> bool:
@@ -220,6 +222,17 @@ class _Functional(TorchFunctionMode):
             return True
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
         return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+
+
+def recorded(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What ``function`` returns; where :mod:`torch.fx` traces, a node that calls it."""
+    proxy = next((arg for arg in (*args, *kwargs.values()) if isinstance(arg, fx.Proxy)), None)
+    if proxy is None:
+        return function(*args, **kwargs)
+    name = function.__name__.strip("_")  # as the node of torch's function would have
+    node = proxy.tracer.create_proxy("call_function", function, args, kwargs, name=name)
+    node.node.meta["is_wrapped"] = True  # a pickled graph is traced anew: there it stays one node
+    return node
 
 
 class _Routed(nn.Module):

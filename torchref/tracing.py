@@ -1,19 +1,23 @@
 """Symbolic tracing of converted models with :mod:`torch.fx`."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 from torch import fx, nn
 
-from torchref.convert import REPLACED
+from torchref.convert import REPLACED, recorded
+from torchref.fuse import Fused
 
 
 class Tracer(fx.Tracer):
     """A :class:`torch.fx.Tracer` to which our modules are leaves, as torch's are.
 
     So are our functions where :func:`torchref.convert` put them in place of torch's: in attributes
-    of modules. A graph of a converted model has the nodes of the original's.
+    of modules and, with ``functional=True``, in calls in ``forward``; methods such as ``x.relu()``
+    stay torch's. A graph of a converted model has the nodes of the original's.
+
+    :func:`torch.fx.symbolic_trace` goes into our modules instead, whose checks then raise a
+    ``TraceError``; a Dropout in evaluation has no check, and is missing from its graph.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU())
@@ -25,7 +29,7 @@ class Tracer(fx.Tracer):
     """
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        ours = type(m).__module__.startswith("torchref.nn.")
+        ours = type(m).__module__.startswith("torchref.nn.") or isinstance(m, Fused)
         return ours or super().is_leaf_module(m, module_qualified_name)
 
     def trace(
@@ -38,14 +42,13 @@ class Tracer(fx.Tracer):
             for name in attributes.get(REPLACED, ())
         ]
         for attributes, name, function in kept:
-            attributes[name] = functools.partial(self._recorded, function)
+            attributes[name] = _recording(function)
         try:
             return super().trace(root, concrete_args)
         finally:
             for attributes, name, function in kept:
                 attributes[name] = function
 
-    def _recorded(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(arg, fx.Proxy) for arg in (*args, *kwargs.values())):
-            return self.create_proxy("call_function", function, args, kwargs)
-        return function(*args, **kwargs)
+
+def _recording(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: recorded(function, args, kwargs)

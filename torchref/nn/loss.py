@@ -206,6 +206,7 @@ def binary_cross_entropy(
         RuntimeError: ``target`` has another type, ``weight`` requires a gradient, or a value lies
             outside [0, 1]. The last is looked at on the CPU only: on a GPU it would cost a
             synchronization.
+            On a GPU also under autocast, as in torch.
 
     Example:
         >>> torchref.nn.functional.binary_cross_entropy(torch.tensor([0.5]), torch.tensor([1.0]))

@@ -180,14 +180,14 @@ MODELS = {
 # side of it, in ours or in torch's.
 JUMPING = {"resnet", "regnet", "dia", "dense"}
 
-# MobileNetV2's 52 batch norms in a row double a rounding again and again. torch adds up float32 in
-# float64 there, on the CPU; its training came up to 6 times as close to the truth as ours.
+# MobileNetV2's 52 batch norms in a row double a rounding again and again. How large it is in the end
+# is chance: see test_many_batch_norms_in_a_row.
 TRAINED = [name for name in MODELS if name != "mobilenet"]
 
 
-def build(name):
+def build(name, seed=0):
     """A model whose biases and scales are not all 0 and 1, in training, and its batch."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     make, inputs, _ = MODELS[name]
     model = make()
     with torch.no_grad():
@@ -298,6 +298,32 @@ def test_ten_steps_of_adamw(name, functional):
         batch = {k: x.double() if x.is_floating_point() else x for k, x in batch.items()}
     ours = Trained(converted(theirs, functional), torchref.optim.convert)
     assert_as_exact(ours, Trained(theirs, lambda optimizer: optimizer), batch)
+
+
+def test_many_batch_norms_in_a_row():
+    """On average over models our gradients are about as far from the truth as torch's.
+
+    A gradient's error is 1.0 to 1.2 times torch's in the median of a model (with sums in float64,
+    too), so the mean of four logarithms is 0.07, give or take 0.04.
+    """
+    ratios = []
+    for seed in range(4):
+        theirs, batch = build("mobilenet", seed)
+        exact = copy.deepcopy(theirs).double()
+        errors = []
+        for model in (converted(theirs, False), theirs):
+            pairs = zip(gradients(model, batch), gradients(exact, batch), strict=True)
+            errors.append([((g.double() - t).norm() / t.norm()).log() for g, t in pairs])
+        ours, torchs = map(torch.stack, errors)
+        ratios.append((ours - torchs).median())
+    assert torch.stack(ratios).mean().exp() <= 1.5
+
+
+def gradients(model, batch):
+    dtype = next(model.parameters()).dtype
+    batch = {k: x.to(dtype) if x.is_floating_point() else x for k, x in batch.items()}
+    torch.manual_seed(1)  # of dropout
+    return torch.autograd.grad(model(**batch).loss, list(model.parameters()))
 
 
 @functional_or_not

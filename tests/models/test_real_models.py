@@ -180,8 +180,8 @@ MODELS = {
 # side of it, in ours or in torch's.
 JUMPING = {"resnet", "regnet", "dia", "dense"}
 
-# MobileNetV2's 52 batch norms in a row double a rounding again and again. How large it is in the end
-# is chance: see test_many_batch_norms_in_a_row.
+# MobileNetV2's 52 batch norms in a row double a rounding again and again. How large it ends is
+# chance: see test_many_batch_norms_in_a_row.
 TRAINED = [name for name in MODELS if name != "mobilenet"]
 
 

@@ -195,6 +195,11 @@ def test_the_report_is_a_table():
     ]
 
 
+def test_the_report_leaves_containers_out():
+    net = nn.Sequential(nn.ModuleList(), nn.ModuleDict(), nn.Sequential(), nn.Flatten())
+    assert torchref.convert(net).left == {"3": ("Flatten", "no piece here")}
+
+
 def test_a_second_conversion_says_that_nothing_is_left_to_do():
     model = Net()
     torchref.convert(model)

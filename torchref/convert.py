@@ -185,6 +185,7 @@ for _owner in (torch, Tensor):
         _owner.log_softmax: _log_softmax,
     }
 
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 REPLACED = "_torchref_replaced"  # where a module keeps the functions that its attributes were
 _WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
 _FAST_PATH = (
@@ -321,7 +322,8 @@ def _why_left(module: nn.Module, excluded: bool) -> str | None:
     base = next((cls for cls in type(module).__mro__ if cls in OURS), None)
     if base is not None:
         return "excluded" if excluded else f"a subclass of {base.__name__}"
-    return None if any(module.children()) else "no piece here"
+    holds_others = isinstance(module, _CONTAINERS) or any(module.children())
+    return None if holds_others else "no piece here"
 
 
 def _options(module: nn.Module) -> list[str]:

@@ -173,3 +173,19 @@ def test_launched_processes_that_would_each_train_alone_are_refused(tmp_path, mo
     with pytest.raises(ValueError, match="devices: the launcher started 2 processes, .* say 1"):
         Run(IRIS, root=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("normalize", ["minmax", "robust", "none"])
+def test_other_scalers_train_and_are_in_the_checkpoint(normalize, tmp_path):
+    config = replace(IRIS, normalize=normalize, epochs=2, dropout=0.0)
+    made, metrics = run(tmp_path, config)
+    assert metrics["parity_max_loss_diff"] < 1e-5  # the twin has the same scaler
+    model = MLPClassifier.load_from_checkpoint(tmp_path / "iris" / "best.ckpt", weights_only=True)
+    x = made.data.test.tensors[0]
+    torch.testing.assert_close(model.normalize(x), made.model.normalize(x))
+    assert len(list(model.normalize.buffers())) == (0 if normalize == "none" else 2)
+
+
+def test_an_unknown_scaler_is_named(tmp_path):
+    with pytest.raises(ValueError, match="normalize: expected one of standard, minmax, robust, no"):
+        Run(replace(IRIS, normalize="z"), root=tmp_path)

@@ -1,12 +1,102 @@
 """Scalers fitted on the training split, whose statistics travel with the model."""
 
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+BINS = 4096  # of a pass in search of quantiles
+KEPT = 2**16  # values of a feature that are sorted at the end of that search
 
-class Standard(nn.Module):
+
+class Scaler(nn.Module):
+    """``(x - shift) / scale``, feature by feature, with both taken from the training split."""
+
+    names: tuple[str, str]  # of the buffers that are shift and scale
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in self.names:
+            self.register_buffer(name, None)
+
+    def fit(self, data: Tensor | Iterable[Any]) -> Self:
+        """Take the statistics of the training split, once.
+
+        They are computed in float64 and kept in the type of the data.
+
+        Args:
+            data: (samples, features), or an iterable of such batches, or of tuples that begin with
+                one, as a ``DataLoader`` over more than fits in memory is.
+
+        Raises:
+            RuntimeError: it is fitted already; a second fit is how test data leaks into training.
+            ValueError: a shape is another, there is no sample, or a column has a NaN or an
+                infinity; the message names it.
+        """
+        name = type(self).__name__
+        if self.is_fitted:
+            raise RuntimeError(f"{name}: fitted already; fit a new one")
+        batches = _Batches(name, [data] if isinstance(data, Tensor) else data, self._rows)
+        for buffer, value in zip(self.names, self._measured(batches), strict=True):
+            setattr(self, buffer, value.to(batches.dtype))
+        return self
+
+    @property
+    def is_fitted(self) -> bool:
+        return getattr(self, self.names[0]) is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale ``x``, of any leading shape.
+
+        Raises:
+            RuntimeError: it is not fitted.
+            ValueError: ``x`` has another number of features than the training split had.
+        """
+        shift, scale = self._aligned(x)
+        return (x - shift) / scale
+
+    def inverse(self, x: Tensor) -> Tensor:
+        """Undo :meth:`forward`."""
+        shift, scale = self._aligned(x)
+        return x * scale + shift
+
+    def extra_repr(self) -> str:
+        return f"{len(getattr(self, self.names[0]))}" if self.is_fitted else "unfitted"
+
+    def _measured(self, batches: "_Batches") -> tuple[Tensor, Tensor]:
+        """Shift and scale in float64."""
+        raise NotImplementedError
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """A batch as (samples, features)."""
+        if x.ndim != 2:
+            name = type(self).__name__
+            raise ValueError(
+                f"{name}: expected `x` of shape (samples, features), got {tuple(x.shape)}"
+            )
+        return x
+
+    def _aligned(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Shift and scale as they broadcast with ``x``."""
+        name = type(self).__name__
+        if not self.is_fitted:
+            raise RuntimeError(f"{name}: not fitted; call `fit` with the training split first")
+        shift, scale = (getattr(self, buffer) for buffer in self.names)
+        if x.ndim == 0 or x.shape[-1] != len(shift):
+            raise ValueError(f"{name}: expected {len(shift)} features, got shape {tuple(x.shape)}")
+        return shift, scale
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        for name in self.names:  # a fresh module has no buffers yet to copy into
+            if getattr(self, name) is None and prefix + name in state_dict:
+                setattr(self, name, torch.empty_like(state_dict[prefix + name]))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class Standard(Scaler):
     r"""Z-score: each feature with mean 0 and standard deviation 1 over the training split.
 
     .. math::
@@ -14,9 +104,8 @@ class Standard(nn.Module):
         \mu = \frac{1}{n} \sum_i x_i, \quad
         \sigma^2 = \frac{1}{n} \sum_i (x_i - \mu)^2
 
-    Statistics are computed in float64 and kept as buffers ``mean`` and ``std`` in the type of the
-    data, so they move, are saved and are loaded with the module that holds this one. A constant
-    feature has ``std`` 1: it becomes exactly 0.
+    The statistics are buffers, ``mean`` and ``std``, so they move, are saved and are loaded with
+    the module that holds this one. A constant feature has ``std`` 1: it becomes exactly 0.
 
     Example:
         >>> scale = Standard().fit(torch.tensor([[0.0, 5.0], [2.0, 5.0]]))
@@ -28,70 +117,276 @@ class Standard(nn.Module):
     Source: the course, "Normalizing inputs"; scikit-learn's ``StandardScaler``.
     """
 
-    mean: Tensor | None
-    std: Tensor | None
+    names = ("mean", "std")
 
-    def __init__(self) -> None:
+    def _measured(self, batches: "_Batches") -> tuple[Tensor, Tensor]:
+        # Chan, Golub and LeVeque, 1979: batches of their own means merge without losing digits.
+        count, mean, m2, low, high = 0, torch.zeros(()), torch.zeros(()), None, None
+        for x in batches:
+            center, total = x.mean(0), count + len(x)
+            distance = center - mean
+            m2 = m2 + (x - center).square().sum(0) + distance.square() * (count * len(x) / total)
+            mean = mean + distance * (len(x) / total)
+            count, low, high = total, *_widened(x, low, high)
+        assert low is not None
+        constant = low == high  # exact: rounding in the mean would leave a tiny std
+        return (
+            torch.where(constant, low, mean),
+            torch.where(constant, 1.0, (m2 / count).sqrt()),
+        )
+
+
+class MinMax(Scaler):
+    r"""Each feature from 0 to 1 over the training split.
+
+    .. math::
+        y = \frac{x - \min_i x_i}{\max_i x_i - \min_i x_i}
+
+    The statistics are buffers, ``min`` and ``range``. A constant feature has ``range`` 1: it
+    becomes 0. What lies outside the training split's range leaves [0, 1]; it is not clipped.
+
+    Example:
+        >>> scale = MinMax().fit(torch.tensor([[0.0, 5.0], [2.0, 5.0]]))
+        >>> scale(torch.tensor([[1.0, 5.0], [4.0, 5.0]]))
+        tensor([[0.5000, 0.0000],
+                [2.0000, 0.0000]])
+
+    Source: the course, "Normalizing inputs"; scikit-learn's ``MinMaxScaler``.
+    """
+
+    names = ("min", "range")
+
+    def _measured(self, batches: "_Batches") -> tuple[Tensor, Tensor]:
+        low, high = _extremes(batches)
+        return low, torch.where(low == high, 1.0, high - low)
+
+
+class Robust(Scaler):
+    r"""Each feature with median 0 and interquartile range 1, whatever a few outliers do.
+
+    .. math::
+        y = \frac{x - q_{0.5}}{q_{0.75} - q_{0.25}}
+
+    with quantiles interpolated between neighbours. The statistics are buffers, ``median`` and
+    ``iqr``; a feature of which half of the values are equal has ``iqr`` 1. From batches they are
+    found in several passes, with the memory of some thousand numbers for each feature.
+
+    Example:
+        >>> scale = Robust().fit(torch.tensor([[0.0], [1.0], [2.0], [3.0], [1000.0]]))
+        >>> scale(torch.tensor([[2.0], [4.0]]))
+        tensor([[0.],
+                [1.]])
+
+    Source: scikit-learn's ``RobustScaler``.
+    """
+
+    names = ("median", "iqr")
+
+    def _measured(self, batches: "_Batches") -> tuple[Tensor, Tensor]:
+        low, median, high = _quantiles(batches, (0.25, 0.5, 0.75))
+        return median, torch.where(low == high, 1.0, high - low)
+
+
+class ImageNormalize(Scaler):
+    r"""Pixels from 0 to 255 as numbers with mean 0 and standard deviation 1 in each channel.
+
+    .. math::
+        y = \frac{x / 255 - \mu}{\sigma}
+
+    Fitted on training images of shape (N, C, H, W), or made with a mean and a deviation that are
+    known, such as those of the images that a network was trained on. They are buffers, ``mean``
+    and ``std``, of x / 255.
+
+    Args:
+        mean, std: one number for each channel; ``fit`` is then neither needed nor allowed.
+        divisor: the largest pixel; 1 for images that are from 0 to 1 already.
+
+    Raises:
+        ValueError: only one of ``mean`` and ``std`` is given, they differ in length, or a deviation
+            is not positive.
+
+    Example:
+        >>> scale = ImageNormalize(mean=[0.5], std=[0.25])
+        >>> scale(torch.tensor([[[[0, 255]]]], dtype=torch.uint8))
+        tensor([[[[-2.,  2.]]]])
+
+    Source: the course, "Normalizing inputs".
+    """
+
+    names = ("mean", "std")
+
+    def __init__(
+        self,
+        mean: Iterable[float] | None = None,
+        std: Iterable[float] | None = None,
+        *,
+        divisor: float = 255.0,
+    ) -> None:
         super().__init__()
-        self.register_buffer("mean", None)
-        self.register_buffer("std", None)
-
-    def fit(self, x: Tensor) -> "Standard":
-        """Take the statistics of the training split, once.
-
-        Args:
-            x: (samples, features), finite, at least one sample.
-
-        Raises:
-            RuntimeError: it is fitted already; a second fit is how test data leaks into training.
-            ValueError: ``x`` has another shape, no rows, or a NaN or infinity.
-        """
-        if self.mean is not None:
-            raise RuntimeError("Standard: fitted already; fit a new one")
-        if x.ndim != 2 or len(x) == 0:
-            raise ValueError(
-                f"Standard: expected `x` of shape (samples, features), got {tuple(x.shape)}"
-            )
-        if not x.isfinite().all():
-            raise ValueError("Standard: expected finite `x`, got a NaN or an infinity")
-        dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
-        x64 = x.double()
-        constant = (x64 == x64[0]).all(0)  # exact: rounding in the mean would leave a tiny std
-        self.mean = torch.where(constant, x64[0], x64.mean(0)).to(dtype)
-        self.std = torch.where(constant, 1.0, x64.std(0, correction=0)).to(dtype)
-        return self
+        self.divisor = divisor
+        if (mean is None) != (std is None):
+            raise ValueError("ImageNormalize: expected both `mean` and `std`, or neither")
+        if mean is not None and std is not None:
+            self.mean, self.std = torch.tensor(list(mean)), torch.tensor(list(std))
+            if self.mean.shape != self.std.shape or not (self.std > 0).all():
+                raise ValueError(
+                    "ImageNormalize: expected a `mean` and a positive `std` for each channel, got "
+                    f"{self.mean.tolist()} and {self.std.tolist()}"
+                )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scale ``x`` of shape (..., features).
-
-        Raises:
-            RuntimeError: it is not fitted.
-            ValueError: ``x`` has another number of features than the training split had.
-        """
-        mean, std = self._statistics(x)
-        return (x - mean) / std
+        """Scale images of shape (..., C, H, W)."""
+        shift, scale = self._aligned(x)
+        return (x / self.divisor - shift) / scale
 
     def inverse(self, x: Tensor) -> Tensor:
-        """Undo :meth:`forward`."""
-        mean, std = self._statistics(x)
-        return x * std + mean
+        """Undo :meth:`forward`: pixels, as floating point numbers."""
+        shift, scale = self._aligned(x)
+        return (x * scale + shift) * self.divisor
 
-    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self.mean is None or self.std is None:
-            raise RuntimeError("Standard: not fitted; call `fit` with the training split first")
-        if x.ndim == 0 or x.shape[-1] != len(self.mean):
+    def _measured(self, batches: "_Batches") -> tuple[Tensor, Tensor]:
+        return Standard._measured(self, batches)  # pyright: ignore[reportArgumentType]
+
+    def _rows(self, x: Tensor) -> Tensor:
+        if x.ndim != 4:
             raise ValueError(
-                f"Standard: expected {len(self.mean)} features, got shape {tuple(x.shape)}"
+                f"ImageNormalize: expected `x` of shape (N, C, H, W), got {tuple(x.shape)}"
             )
-        return self.mean, self.std
+        return x.movedim(1, -1).flatten(0, 2) / self.divisor
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        for name in ("mean", "std"):  # a fresh module has no buffers yet to copy into
-            if getattr(self, name) is None and prefix + name in state_dict:
-                setattr(self, name, torch.empty_like(state_dict[prefix + name]))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+    def _aligned(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if x.ndim < 3:
+            raise ValueError(
+                f"ImageNormalize: expected `x` of shape (..., C, H, W), got {tuple(x.shape)}"
+            )
+        shift, scale = super()._aligned(x.movedim(-3, -1))
+        return shift[:, None, None], scale[:, None, None]
 
-    def extra_repr(self) -> str:
-        return "unfitted" if self.mean is None else f"{len(self.mean)}"
+
+SCALERS: dict[str, type[nn.Module]] = {
+    "standard": Standard,
+    "minmax": MinMax,
+    "robust": Robust,
+    "none": nn.Identity,
+}
+
+
+class _Batches:
+    """Checked batches of rows in float64, as often as they are asked for."""
+
+    def __init__(self, name: str, data: Iterable[Any], rows: Any) -> None:
+        self.name, self.data, self.rows = name, data, rows
+        self.dtype = torch.get_default_dtype()
+        self.count: int | None = None  # of the first pass
+
+    def __iter__(self) -> Iterator[Tensor]:
+        count, features = 0, None
+        for batch in self.data:
+            x = batch[0] if isinstance(batch, tuple | list) else batch
+            if not isinstance(x, Tensor):
+                raise ValueError(f"{self.name}: expected tensors in `data`, got {type(x)}")
+            if x.is_floating_point():
+                self.dtype = x.dtype
+            x = self.rows(x.double())
+            features = features or x.shape[1]
+            if x.shape[1] != features:
+                raise ValueError(
+                    f"{self.name}: expected {features} features in every batch, got {x.shape[1]}"
+                )
+            if len(bad := (~x.isfinite()).any(0).nonzero()):
+                raise ValueError(
+                    f"{self.name}: column {bad[0].item()} of `x` has a NaN or an infinity"
+                )
+            if len(x):
+                count += len(x)
+                yield x
+        if count == 0 and self.count is None:
+            raise ValueError(f"{self.name}: expected at least one sample")
+        if self.count is not None and count != self.count:
+            raise ValueError(
+                f"{self.name}: read {self.count} samples, then {count}: expected `data` that can "
+                "be read several times, such as a DataLoader"
+            )
+        self.count = count
+
+
+def _widened(x: Tensor, low: Tensor | None, high: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The extremes so far, with those of a batch."""
+    lower, higher = x.aminmax(dim=0)
+    if low is None or high is None:
+        return lower, higher
+    return low.minimum(lower), high.maximum(higher)
+
+
+def _extremes(batches: _Batches) -> tuple[Tensor, Tensor]:
+    low = high = None
+    for x in batches:
+        low, high = _widened(x, low, high)
+    assert low is not None
+    assert high is not None
+    return low, high
+
+
+def _quantiles(batches: _Batches, shares: tuple[float, ...]) -> list[Tensor]:
+    """Quantiles of each feature, interpolated between neighbours in the order of its values."""
+    low, high = _extremes(batches)
+    assert batches.count is not None
+    places = [share * (batches.count - 1) for share in shares]
+    ranks = [min(int(place) + i, batches.count - 1) for place in places for i in (0, 1)]
+    below, above = _ordered(batches, ranks, low, high).unflatten(0, (-1, 2)).unbind(1)
+    parts = torch.tensor([place - int(place) for place in places], dtype=below.dtype)
+    return list(below + (above - below) * parts[:, None])
+
+
+def _ordered(batches: _Batches, ranks: list[int], low: Tensor, high: Tensor) -> Tensor:
+    """The values that have so many before them, (ranks, features), exact.
+
+    Each is in an interval (low, high], at first all values, which a pass cuts into ``BINS`` to keep
+    the one that holds it. When few values are left in all intervals, they are sorted.
+    """
+    rank = torch.tensor(ranks)[:, None].expand(-1, len(low))
+    low = low.nextafter(torch.tensor(-torch.inf, dtype=low.dtype)).expand(rank.shape)
+    high = high.expand(rank.shape)
+    before = torch.zeros_like(rank)  # values up to low
+    within = torch.full_like(rank, batches.count or 0)
+    while (within > KEPT).any() and (low.nextafter(high) < high).any():
+        edges = _edges(low, high)
+        counts = sum((_counted(x, edges) for x in batches), torch.zeros_like(edges).long())
+        chosen = (counts <= rank[..., None]).sum(-1, keepdim=True)
+        high = edges.gather(-1, chosen).squeeze(-1)
+        first = chosen == 0
+        previous = (chosen - 1).clamp_min(0)
+        low = torch.where(first, low[..., None], edges.gather(-1, previous)).squeeze(-1)
+        up_to_low = torch.where(first, before[..., None], counts.gather(-1, previous)).squeeze(-1)
+        within = counts.gather(-1, chosen).squeeze(-1) - up_to_low
+        before = up_to_low
+    found = high.clone()
+    kept: dict[tuple[int, int], list[Tensor]] = {}
+    for x in batches:
+        for i, j in (within <= KEPT).nonzero().tolist():
+            column = x[:, j]
+            inside = (column > low[i, j]) & (column <= high[i, j])
+            kept.setdefault((i, j), []).append(column[inside])
+    for (i, j), values in kept.items():
+        found[i, j] = torch.cat(values).sort().values[rank[i, j] - before[i, j]]
+    return found
+
+
+def _edges(low: Tensor, high: Tensor) -> Tensor:
+    """The right ends of ``BINS`` parts of (low, high], of which the last is high itself."""
+    steps = torch.arange(1, BINS + 1, dtype=low.dtype) / BINS
+    edges = low[..., None] * (1 - steps) + high[..., None] * steps  # high - low may overflow
+    edges = edges.clamp(low.nextafter(high)[..., None], high[..., None])
+    edges[..., -1] = high
+    return edges
+
+
+def _counted(x: Tensor, edges: Tensor) -> Tensor:
+    """How many values of each feature are up to each edge."""
+    return torch.stack(
+        [
+            torch.searchsorted(x[:, j].sort().values, edges[:, j].contiguous(), right=True)
+            for j in range(x.shape[1])
+        ],
+        1,
+    )

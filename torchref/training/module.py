@@ -12,9 +12,9 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 import torchref
 import torchref.optim
-from torchref.data.normalize import Standard
+from torchref.data.normalize import SCALERS
 from torchref.nn.functional import softmax
-from torchref.training.checks import check_range
+from torchref.training.checks import check_choice, check_range
 from torchref.training.mlp import build_mlp, build_optimizer
 
 LIBRARIES = {"torchref": (torchref.nn, torchref.optim), "torch": (torch.nn, torch.optim)}
@@ -182,6 +182,7 @@ class MLPClassifier(Classifier):
         depth, width, activation, dropout, batch_norm, init: see :func:`build_mlp`.
         optimizer, lr: see :func:`build_optimizer`.
         l1, l2: see :class:`Classifier`.
+        normalize: ``standard``, ``minmax``, ``robust`` or ``none``.
         library: ``torchref``, or ``torch`` for the twin made of torch.nn and torch.optim.
 
     Example:
@@ -204,8 +205,10 @@ class MLPClassifier(Classifier):
         lr: float = 1e-3,
         l1: float = 0.0,
         l2: float = 0.0,
+        normalize: str = "standard",
         library: str = "torchref",
     ) -> None:
+        check_choice("normalize", normalize, SCALERS)
         layers, _ = LIBRARIES[library]
         net = build_mlp(
             features,
@@ -221,7 +224,7 @@ class MLPClassifier(Classifier):
         super().__init__(
             net,
             len(classes),
-            normalize=Standard(),
+            normalize=SCALERS[normalize](),
             loss=layers.CrossEntropyLoss(),
             l1=l1,
             l2=l2,

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 import torchref
 from torchref.data.datasets import load_dataset
-from torchref.data.normalize import Standard
+from torchref.data.normalize import Scaler
 from torchref.training.checks import check_range
 from torchref.training.convert import SyncBatchNormPlugin
 from torchref.training.curves import plot_learning_curves
@@ -53,6 +53,7 @@ NETWORK = (
     "lr",
     "l1",
     "l2",
+    "normalize",
 )
 SMALL_LAYER = 2**16  # elements of an activation
 FIXED_ON_RESUME = (*NETWORK, "dataset", "batch_size", "seed")
@@ -91,6 +92,9 @@ class Config:
     l2: float = _option(1e-4, "weight of the sum of w^2, >= 0; half of a weight_decay")
     batch_norm: bool = _option(True, "batch norm in each hidden layer")
     patience: int = _option(15, "epochs without a better val_loss before it stops, >= 1")
+    normalize: str = _option(
+        "standard", "features by the training split: standard, minmax, robust or none"
+    )
     seed: int = _option(0, "of the split, the weights, the order and dropout")
     name: str | None = _option(None, "folder under runs/, replaced if it exists; default: dataset")
     accelerator: str = _option("auto", "Lightning's: auto, cpu, gpu, ...")
@@ -163,8 +167,8 @@ class Run:
         _set_threads(config, len(self.data.train) if full else int(config.batch_size))
         self.model = self._model(data.x.shape[1], data.classes, "torchref")
         normalize = self.model.normalize
-        assert isinstance(normalize, Standard)
-        normalize.fit(self.data.train.tensors[0])
+        if isinstance(normalize, Scaler):
+            normalize.fit(self.data.train.tensors[0])  # of the other splits it sees nothing
         self.parity = None
         if config.parity:
             twin = self._model(data.x.shape[1], data.classes, "torch")

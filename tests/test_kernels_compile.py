@@ -410,6 +410,9 @@ def _batch_norm_options(path: str, x: Tensor, c: Tensor) -> Iterator[Case]:
     wanted = (True, False, True, False)
     args = (x, x, None, c, c, 1e-5, wanted)
     yield Case(batch_norm.batch_norm_eval_bwd, f"{path} bare", args)
+    yield Case(batch_norm.batch_norm_stats_fwd, path, (x,))
+    yield Case(batch_norm.batch_norm_dx_bwd, path, (x, x, *[c] * 5))
+    yield Case(batch_norm.batch_norm_dx_bwd, f"{path} bare", (x, x, None, *[c] * 4))
 
 
 def batch_norms_with_activations() -> Iterator[Case]:

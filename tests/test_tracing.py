@@ -247,3 +247,21 @@ def test_fused():
 def test_a_function_is_traced_as_by_torch():
     graph = torchref.Tracer().trace(lambda x: torch.relu(x) + 1)
     assert [n.name for n in graph.nodes] == ["x", "relu", "add", "output"]
+
+
+def test_an_attribute_set_anew_is_traced_as_it_is():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = torch.nn.functional.relu
+
+        def forward(self, x):
+            return self.act(x)
+
+    for act, target in ((nn.Tanh(), "act"), (lambda x: x + 1, "add")):
+        net = Net()
+        torchref.convert(net)
+        del net.act
+        net.act = act
+        nodes = [node.name for node in torchref.Tracer().trace(net).nodes]
+        assert nodes == ["x", target, "output"]

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 REPLAYS = 256  # that a formula remembers, before it begins anew
 LARGE = 2**15  # elements, from which on code is for many threads
@@ -33,8 +34,9 @@ class Compiled:
 
     def __call__(self, *args: Any) -> Any:
         signature = _signature(args)
-        if signature in self.replays:
-            return self.replays[signature](args)
+        known = self.replays.get(signature)
+        if known is not None:
+            return known(args)
         large = any(arg.numel() >= LARGE for arg in args if isinstance(arg, Tensor))
         variant, _ = compiled_variant(self.formula, tuple(map(kind, args)), large)
         given = tuple(map(traced, args))
@@ -91,8 +93,9 @@ def kind(arg: Any) -> Any:
 def traced(arg: Any) -> Any:
     if isinstance(arg, float):
         return torch.tensor(arg, dtype=torch.float64, device="cpu")
-    # Dynamo reads `.grad`, which on a saved output warns
-    return arg.detach() if isinstance(arg, Tensor) and arg.requires_grad else arg
+    # Dynamo reads `.grad`, which on a saved output warns, and fixes the sizes of a Parameter.
+    is_more = isinstance(arg, Tensor) and (arg.requires_grad or isinstance(arg, Parameter))
+    return arg.detach() if is_more else arg
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from torchref.convert import REPLACED, recorded
+from torchref.convert import FUNCTIONS, REPLACED, recorded
 from torchref.fuse import Fused
 
 
@@ -39,7 +39,8 @@ class Tracer(fx.Tracer):
         kept = [
             (attributes, name, attributes[name])
             for attributes in map(vars, modules)
-            for name in attributes.get(REPLACED, ())
+            for name, theirs in attributes.get(REPLACED, {}).items()
+            if attributes.get(name) is FUNCTIONS[theirs]  # not set anew since
         ]
         for attributes, name, function in kept:
             attributes[name] = _recording(function)

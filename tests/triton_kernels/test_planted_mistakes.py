@@ -1941,7 +1941,7 @@ BATCH_NORM = [
             "    x = packed(x)\n",
             "    x = x.contiguous()\n",
             norm(MAPS_NHWC),
-            2,
+            4,
         ),
         (
             "upstream gradient assumed contiguous",

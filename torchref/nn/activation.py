@@ -390,7 +390,7 @@ class ELUFunction(_FromInput):
 def elu_fwd(x: Tensor, alpha: float, scale: float, inplace: bool) -> Tensor:
     x32 = opmath(x)
     # relu has a slope of 0 at 0, clamp_max one of 1: their sum that of torch
-    return _write(scale * (x32.relu() + alpha * x32.clamp_max(0).expm1()), x, inplace)
+    return _write(scale * (x32.relu() + alpha * _expm1(x32.clamp_max(0))), x, inplace)
 
 
 @accelerated("activation")
@@ -661,9 +661,18 @@ def _tanh(x: Tensor) -> Tensor:
     a = sign * x
     near = (a < 0.5).to(x.dtype)
     # At 30 tanh is 1 in every type, and e^60 does not overflow.
-    t = (2 * a).clamp_max(60).expm1()
+    t = _expm1((2 * a).clamp_max(60))
     # expm1 keeps the digits near 0, the difference from 1 those of the gradient 1 - y^2.
     return sign * (near * (t / (t + 2)) + (1 - near) * (1 - 2 / (t + 2)))
+
+
+def _expm1(x: Tensor) -> Tensor:
+    """e^x - 1 to the last digits near 0, where Inductor's code for a CPU subtracts."""
+    if not (torch.compiler.is_compiling() and x.is_cpu):
+        return x.expm1()
+    u = x.clamp_min(-80).exp()  # there e^x - 1 is -1 in float32, and below log(0) is ahead
+    # Kahan: u has a rounding, which its logarithm shares
+    return torch.where(u == 1, x, (u - 1) * (x.clamp_min(-80) / u.log()))
 
 
 def _write(y: Tensor, x: Tensor, inplace: bool) -> Tensor:

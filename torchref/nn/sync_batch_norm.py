@@ -211,7 +211,9 @@ class SyncBatchNormFunction(Function):
         if running_mean is not None:
             local.move(running_mean, mean, share)
         if running_var is not None:
-            local.move(running_var, var * (total / (total - 1)) if unbiased else var, share)
+            # of one value in all processes the variance is 0, not 0 * infinity
+            unbiased_var = var * (total / (total - 1).clamp_min(1))
+            local.move(running_var, unbiased_var if unbiased else var, share)
         then = (residual, activation, param)
         y = local.batch_norm_eval_fwd(x, weight, bias, mean, var, eps, *then)
         return y, mean, var, total

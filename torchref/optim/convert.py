@@ -112,5 +112,6 @@ def _counts_on_host(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         for p in group["params"]:
             state = optimizer.state.get(p, {})
-            if "step" in state and not (group.get("capturable") or group.get("fused")):
-                state["step"] = state["step"].cpu()
+            step, stays = state.get("step"), group.get("capturable") or group.get("fused")
+            if isinstance(step, torch.Tensor) and not stays:
+                state["step"] = step.cpu()

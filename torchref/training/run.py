@@ -205,10 +205,10 @@ class Run:
             raise FileNotFoundError(f"resume: no checkpoint {last}")
         before = yaml.safe_load((self.path / "config.yaml").read_text())
         for name in FIXED_ON_RESUME:
-            if before[name] != getattr(self.config, name):
+            was = before.get(name, getattr(Config, name))  # a run may be older than an option
+            if was != getattr(self.config, name):
                 raise ValueError(
-                    f"resume: {name} was {before[name]!r} in {self.path}, "
-                    f"got {getattr(self.config, name)!r}"
+                    f"resume: {name} was {was!r} in {self.path}, got {getattr(self.config, name)!r}"
                 )
         try:
             done = torch.load(last, map_location="cpu", weights_only=True)["epoch"] + 1

@@ -120,20 +120,7 @@ class Standard(Scaler):
     names = ("mean", "std")
 
     def _measured(self, batches: "_Batches") -> tuple[Tensor, Tensor]:
-        # Chan, Golub and LeVeque, 1979: batches of their own means merge without losing digits.
-        count, mean, m2, low, high = 0, torch.zeros(()), torch.zeros(()), None, None
-        for x in batches:
-            center, total = x.mean(0), count + len(x)
-            distance = center - mean
-            m2 = m2 + (x - center).square().sum(0) + distance.square() * (count * len(x) / total)
-            mean = mean + distance * (len(x) / total)
-            count, low, high = total, *_widened(x, low, high)
-        assert low is not None
-        constant = low == high  # exact: rounding in the mean would leave a tiny std
-        return (
-            torch.where(constant, low, mean),
-            torch.where(constant, 1.0, (m2 / count).sqrt()),
-        )
+        return _mean_and_deviation(batches)
 
 
 class MinMax(Scaler):
@@ -245,7 +232,7 @@ class ImageNormalize(Scaler):
         return (x * scale + shift) * self.divisor
 
     def _measured(self, batches: "_Batches") -> tuple[Tensor, Tensor]:
-        return Standard._measured(self, batches)  # pyright: ignore[reportArgumentType]
+        return _mean_and_deviation(batches)
 
     def _rows(self, x: Tensor) -> Tensor:
         if x.ndim != 4:
@@ -310,6 +297,23 @@ class _Batches:
         self.count = count
 
 
+def _mean_and_deviation(batches: _Batches) -> tuple[Tensor, Tensor]:
+    # Chan, Golub and LeVeque, 1979: batches of their own means merge without losing digits.
+    count, mean, m2, low, high = 0, torch.zeros(()), torch.zeros(()), None, None
+    for x in batches:
+        center, total = x.mean(0), count + len(x)
+        distance = center - mean
+        m2 = m2 + (x - center).square().sum(0) + distance.square() * (count * len(x) / total)
+        mean = mean + distance * (len(x) / total)
+        count, low, high = total, *_widened(x, low, high)
+    assert low is not None
+    constant = low == high  # exact: rounding in the mean would leave a tiny std
+    return (
+        torch.where(constant, low, mean),
+        torch.where(constant, 1.0, (m2 / count).sqrt()),
+    )
+
+
 def _widened(x: Tensor, low: Tensor | None, high: Tensor | None) -> tuple[Tensor, Tensor]:
     """The extremes so far, with those of a batch."""
     lower, higher = x.aminmax(dim=0)
@@ -334,7 +338,7 @@ def _quantiles(batches: _Batches, shares: tuple[float, ...]) -> list[Tensor]:
     places = [share * (batches.count - 1) for share in shares]
     ranks = [min(int(place) + i, batches.count - 1) for place in places for i in (0, 1)]
     below, above = _ordered(batches, ranks, low, high).unflatten(0, (-1, 2)).unbind(1)
-    parts = torch.tensor([place - int(place) for place in places], dtype=below.dtype)
+    parts = below.new_tensor([place - int(place) for place in places])
     return list(below + (above - below) * parts[:, None])
 
 
@@ -344,8 +348,8 @@ def _ordered(batches: _Batches, ranks: list[int], low: Tensor, high: Tensor) -> 
     Each is in an interval (low, high], at first all values, which a pass cuts into ``BINS`` to keep
     the one that holds it. When few values are left in all intervals, they are sorted.
     """
-    rank = torch.tensor(ranks)[:, None].expand(-1, len(low))
-    low = low.nextafter(torch.tensor(-torch.inf, dtype=low.dtype)).expand(rank.shape)
+    rank = torch.tensor(ranks, device=low.device)[:, None].expand(-1, len(low))
+    low = low.nextafter(low.new_tensor(-torch.inf)).expand(rank.shape)
     high = high.expand(rank.shape)
     before = torch.zeros_like(rank)  # values up to low
     within = torch.full_like(rank, batches.count or 0)
@@ -374,7 +378,7 @@ def _ordered(batches: _Batches, ranks: list[int], low: Tensor, high: Tensor) -> 
 
 def _edges(low: Tensor, high: Tensor) -> Tensor:
     """The right ends of ``BINS`` parts of (low, high], of which the last is high itself."""
-    steps = torch.arange(1, BINS + 1, dtype=low.dtype) / BINS
+    steps = torch.arange(1, BINS + 1, dtype=low.dtype, device=low.device) / BINS
     edges = low[..., None] * (1 - steps) + high[..., None] * steps  # high - low may overflow
     edges = edges.clamp(low.nextafter(high)[..., None], high[..., None])
     edges[..., -1] = high

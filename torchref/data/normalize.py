@@ -1,5 +1,6 @@
 """Scalers fitted on the training split, whose statistics travel with the model."""
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, Self
 
@@ -10,15 +11,43 @@ BINS = 4096  # of a pass in search of quantiles
 KEPT = 2**16  # values of a feature that are sorted at the end of that search
 
 
-class Scaler(nn.Module):
-    """``(x - shift) / scale``, feature by feature, with both taken from the training split."""
+class Fitted(nn.Module):
+    """Statistics of the training split, taken once by ``fit`` and kept as buffers."""
 
-    names: tuple[str, str]  # of the buffers that are shift and scale
+    names: tuple[str, ...]  # of the buffers
 
     def __init__(self) -> None:
         super().__init__()
         for name in self.names:
             self.register_buffer(name, None)
+
+    def fit(self, data: Any) -> Self:
+        raise NotImplementedError
+
+    @property
+    def is_fitted(self) -> bool:
+        return getattr(self, self.names[0]) is not None
+
+    def _check_fitted(self, expected: bool) -> None:
+        name = type(self).__name__
+        if self.is_fitted and not expected:
+            raise RuntimeError(f"{name}: fitted already; fit a new one")
+        if expected and not self.is_fitted:
+            raise RuntimeError(f"{name}: not fitted; call `fit` with the training split first")
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        for name in self.names:  # a fresh module has no buffers yet to copy into
+            if getattr(self, name) is None and prefix + name in state_dict:
+                setattr(self, name, torch.empty_like(state_dict[prefix + name]))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class Scaler(Fitted):
+    """``(x - shift) / scale``, feature by feature, with both taken from the training split."""
+
+    names: tuple[str, str]  # of the buffers that are shift and scale
 
     def fit(self, data: Tensor | Iterable[Any]) -> Self:
         """Take the statistics of the training split, once.
@@ -34,17 +63,12 @@ class Scaler(nn.Module):
             ValueError: a shape is another, there is no sample, or a column has a NaN or an
                 infinity; the message names it.
         """
+        self._check_fitted(False)
         name = type(self).__name__
-        if self.is_fitted:
-            raise RuntimeError(f"{name}: fitted already; fit a new one")
         batches = _Batches(name, [data] if isinstance(data, Tensor) else data, self._rows)
         for buffer, value in zip(self.names, self._measured(batches), strict=True):
             setattr(self, buffer, value.to(batches.dtype))
         return self
-
-    @property
-    def is_fitted(self) -> bool:
-        return getattr(self, self.names[0]) is not None
 
     def forward(self, x: Tensor) -> Tensor:
         """Scale ``x``, of any leading shape.
@@ -79,21 +103,12 @@ class Scaler(nn.Module):
 
     def _aligned(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Shift and scale as they broadcast with ``x``."""
-        name = type(self).__name__
-        if not self.is_fitted:
-            raise RuntimeError(f"{name}: not fitted; call `fit` with the training split first")
+        self._check_fitted(True)
         shift, scale = (getattr(self, buffer) for buffer in self.names)
         if x.ndim == 0 or x.shape[-1] != len(shift):
+            name = type(self).__name__
             raise ValueError(f"{name}: expected {len(shift)} features, got shape {tuple(x.shape)}")
         return shift, scale
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        for name in self.names:  # a fresh module has no buffers yet to copy into
-            if getattr(self, name) is None and prefix + name in state_dict:
-                setattr(self, name, torch.empty_like(state_dict[prefix + name]))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 class Standard(Scaler):
@@ -187,6 +202,7 @@ class ImageNormalize(Scaler):
     Args:
         mean, std: one number for each channel; ``fit`` is then neither needed nor allowed.
         divisor: the largest pixel; 1 for images that are from 0 to 1 already.
+        shape: (C, H, W) of images that come as rows of pixels, (samples, C * H * W).
 
     Raises:
         ValueError: only one of ``mean`` and ``std`` is given, they differ in length, or a deviation
@@ -208,9 +224,11 @@ class ImageNormalize(Scaler):
         std: Iterable[float] | None = None,
         *,
         divisor: float = 255.0,
+        shape: tuple[int, int, int] | None = None,
     ) -> None:
         super().__init__()
         self.divisor = divisor
+        self.shape = shape
         if (mean is None) != (std is None):
             raise ValueError("ImageNormalize: expected both `mean` and `std`, or neither")
         if mean is not None and std is not None:
@@ -222,19 +240,32 @@ class ImageNormalize(Scaler):
                 )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scale images of shape (..., C, H, W)."""
-        shift, scale = self._aligned(x)
-        return (x / self.divisor - shift) / scale
+        """Scale images of shape (..., C, H, W), or rows of their pixels."""
+        images = self._as_images(x)
+        shift, scale = self._aligned(images)
+        return ((images / self.divisor - shift) / scale).reshape(x.shape)
 
     def inverse(self, x: Tensor) -> Tensor:
         """Undo :meth:`forward`: pixels, as floating point numbers."""
-        shift, scale = self._aligned(x)
-        return (x * scale + shift) * self.divisor
+        images = self._as_images(x)
+        shift, scale = self._aligned(images)
+        return ((images * scale + shift) * self.divisor).reshape(x.shape)
+
+    def _as_images(self, x: Tensor) -> Tensor:
+        if self.shape is None:
+            return x
+        if x.ndim == 0 or x.shape[-1] != math.prod(self.shape):
+            raise ValueError(
+                f"ImageNormalize: expected {math.prod(self.shape)} pixels in a row, got shape "
+                f"{tuple(x.shape)}"
+            )
+        return x.unflatten(-1, self.shape)
 
     def _measured(self, batches: "_Batches") -> tuple[Tensor, Tensor]:
         return _mean_and_deviation(batches)
 
     def _rows(self, x: Tensor) -> Tensor:
+        x = self._as_images(x)
         if x.ndim != 4:
             raise ValueError(
                 f"ImageNormalize: expected `x` of shape (N, C, H, W), got {tuple(x.shape)}"
@@ -250,10 +281,73 @@ class ImageNormalize(Scaler):
         return shift[:, None, None], scale[:, None, None]
 
 
+class Impute(Fitted):
+    """Each missing number, a NaN, as the median of its feature over the training split.
+
+    The medians are a buffer, ``median``.
+
+    Args:
+        then: what is applied next, and fitted next where it is to be fitted.
+
+    Example:
+        >>> fill = Impute(MinMax()).fit(torch.tensor([[0.0], [float("nan")], [1.0], [4.0]]))
+        >>> fill(torch.tensor([[float("nan")], [4.0]]))
+        tensor([[0.2500],
+                [1.0000]])
+
+    Source: scikit-learn's ``SimpleImputer(strategy="median")``.
+    """
+
+    names = ("median",)
+
+    def __init__(self, then: nn.Module | None = None) -> None:
+        super().__init__()
+        self.then = then or nn.Identity()
+
+    def fit(self, data: Tensor) -> Self:
+        """Take the medians of the training split, once.
+
+        Args:
+            data: (samples, features) floating point, NaN where a number is missing.
+
+        Raises:
+            RuntimeError: it is fitted already.
+            ValueError: a feature has no number at all; the message names it.
+        """
+        self._check_fitted(False)
+        x = data
+        if x.ndim != 2 or not x.is_floating_point():
+            raise ValueError(
+                "Impute: expected floating point `data` of shape (samples, features), got "
+                f"{x.dtype} of shape {tuple(x.shape)}"
+            )
+        if len(empty := x.isnan().all(0).nonzero()):
+            raise ValueError(f"Impute: column {empty[0].item()} of `data` has no number")
+        columns = [column[~column.isnan()] for column in x.double().unbind(1)]
+        medians = torch.stack([column.quantile(0.5) for column in columns])
+        self.median = medians.to(x.dtype)
+        if isinstance(self.then, Fitted):
+            self.then.fit(self._filled(x))
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fill in ``x``, (..., features), and apply what comes next."""
+        self._check_fitted(True)
+        if x.ndim == 0 or x.shape[-1] != len(self.median):
+            raise ValueError(
+                f"Impute: expected {len(self.median)} features, got shape {tuple(x.shape)}"
+            )
+        return self.then(self._filled(x))
+
+    def _filled(self, x: Tensor) -> Tensor:
+        return torch.where(x.isnan(), self.median, x)
+
+
 SCALERS: dict[str, type[nn.Module]] = {
     "standard": Standard,
     "minmax": MinMax,
     "robust": Robust,
+    "image": ImageNormalize,
     "none": nn.Identity,
 }
 

@@ -27,6 +27,7 @@ from torchref.nn.loss import BCELoss as BCELoss
 from torchref.nn.loss import BCEWithLogitsLoss as BCEWithLogitsLoss
 from torchref.nn.loss import L1Loss as L1Loss
 from torchref.nn.loss import MSELoss as MSELoss
+from torchref.nn.penalty import weight_penalty as weight_penalty
 from torchref.nn.softmax import LogSoftmax as LogSoftmax
 from torchref.nn.softmax import Softmax as Softmax
 from torchref.nn.sync_batch_norm import SyncBatchNorm as SyncBatchNorm

@@ -9,37 +9,32 @@ python scripts/train.py predict samples.csv --run runs/digits --threshold 0.9
 """
 
 import csv
-import re
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from jsonargparse import ActionYesNo, ArgumentParser
-from lightning.fabric.utilities.exceptions import MisconfigurationException
+import torch
+from torch import Tensor
 
-from torchref.data import read_features
-from torchref.training import Config, MLPClassifier, Run
-from torchref.training.run import options
+from torchref.data import read_features, read_texts
+from torchref.data.table import Column, read_table
+from torchref.training import (
+    MLPClassifier,
+    MLPRegressor,
+    Run,
+    coverage_curve,
+    decide,
+    log_loss,
+)
+from torchref.training.command_line import (
+    USER_ERRORS,
+    OneLineParser,
+    add_config,
+    describe,
+    to_config,
+)
 
-USER_ERRORS = (ValueError, OSError, RuntimeError, MisconfigurationException)
-
-
-class OneLineParser(ArgumentParser):
-    """Errors are one line on stderr and exit status 2."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
-        raise AssertionError("exit returned")
-
-
-def one_line(message: str) -> str:
-    key = re.match(r'Parser key "([\w.]+)":', message)
-    value = re.search(r"(?:Got|Given) value: (.*)", message)
-    if key and value:
-        types = re.findall(r"Expected an? (.+?)(?:\. Got value.*)?$", message, re.MULTILINE)
-        expected = " or ".join(re.sub(r"<class '(\w+)'>|typing\.Literal", r"\1", t) for t in types)
-        return f"{key[1]}: expected {expected}, got {value[1]!r}"
-    return " ".join(message.split())
+UNSHOWN = ("test_loss", "test_opened")
 
 
 def train_parser() -> OneLineParser:
@@ -48,15 +43,7 @@ def train_parser() -> OneLineParser:
         description="Train a classifier, its torch twin beside it. "
         "`train.py predict --help` tells how to use the result.",
     )
-    parser.add_argument("--config", action="config", help="YAML file with any of these options")
-    for option in options():
-        name, text = option.name, option.metadata["help"]
-        flags = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-        if option.type is bool:
-            switch: Any = ActionYesNo(no_prefix="no-")
-            parser.add_argument(f"--{name}", action=switch, default=option.default, help=text)
-        else:
-            parser.add_argument(*flags, type=option.type, default=option.default, help=text)
+    add_config(parser)
     parser.add_argument("--resume", action="store_true", help="continue the run of that name")
     return parser
 
@@ -86,16 +73,6 @@ def train(parser: OneLineParser, argv: list[str]) -> None:
         parser.exit(1, "no usable model: val_loss was never finite\n")
 
 
-def to_config(args: Any) -> Config:
-    return Config(**{option.name: args[option.name] for option in options()})
-
-
-def describe(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return str(error)
-
-
 def summarize(run: Run, metrics: dict[str, Any]) -> None:
     if metrics["parity_max_loss_diff"] is not None:
         parity = (
@@ -105,20 +82,29 @@ def summarize(run: Run, metrics: dict[str, Any]) -> None:
         parity = "the loss was not finite, nor its difference from torch's"
     else:
         parity = f"off: {run.parity.off if run.parity else '--no-parity'}"
+    names = [name for name in metrics if name.startswith("test_") and name not in UNSHOWN]
+    scores = ", ".join(f"{name.removeprefix('test_')} {_shown(metrics[name])}" for name in names)
+    opened = metrics["test_opened"]
+    if opened > 1 and not run.config.reopen_test:
+        scores += f" (opened {opened} times: what was chosen since has seen it; --reopen_test)"
     print(
-        f"test     accuracy {metrics['test_accuracy']:.4f}, F1 {metrics['test_f1']:.4f}\n"
+        f"test     {scores}\n"
         f"stopped  {metrics['stop_reason']}\n"
         f"parity   {parity}\n"
         f"files    {run.path}/ ({metrics['epochs']} epochs, {metrics['seconds']:.1f} s)"
     )
 
 
+def _shown(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
+
+
 def predict_parser() -> OneLineParser:
     parser = OneLineParser(
         prog="train.py predict",
-        description="Print class and probabilities of each sample, as CSV.",
+        description="Print class and probabilities, or value, of each sample, as CSV.",
     )
-    parser.add_argument("file", type=str, help="samples without labels, a row each: .csv or .npy")
+    parser.add_argument("file", type=str, help="a sample each row: .csv, .npy, of texts .csv, .txt")
     parser.add_argument("--run", type=str, default="runs/digits", help="folder of a training run")
     parser.add_argument(
         "--threshold",
@@ -126,37 +112,85 @@ def predict_parser() -> OneLineParser:
         default=None,
         help="print `abstain` where the largest probability is below it, in [0, 1]",
     )
+    parser.add_argument(
+        "--target",
+        type=str | None,
+        default=None,
+        help="column of the file with the true classes: tell log-loss, coverage and accuracy",
+    )
     return parser
 
 
-def load(checkpoint: Path) -> MLPClassifier:
+def load(checkpoint: Path) -> MLPClassifier | MLPRegressor:
+    if not checkpoint.exists():
+        raise FileNotFoundError(f"no trained run in {checkpoint.parent} ({checkpoint} is missing)")
     try:
-        return MLPClassifier.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)["hyper_parameters"]
+        model = MLPClassifier if "classes" in saved else MLPRegressor
+        return model.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
     except Exception:  # a damaged file may raise anything
         raise ValueError(f"{checkpoint}: not a checkpoint of a training run, or damaged") from None
 
 
+def read(path: str, model: MLPClassifier | MLPRegressor, target: str | None) -> tuple[Any, Any]:
+    """The samples of a file, and the true classes where it has them."""
+    inputs = model.hparams["inputs"]
+    labels = None
+    if target is not None:
+        table = read_table(path)
+        labels = table.cells(table.find(target))
+    if inputs["kind"] == "text":
+        return read_texts(path), labels
+    columns = inputs.get("columns")
+    if columns is None and target is not None:
+        raise ValueError(f"target: expected a model of a table, for {path}")
+    return read_features(path, columns and [Column(*column) for column in columns]), labels
+
+
 def predict(parser: OneLineParser, argv: list[str]) -> None:
     args = parser.parse_args(argv)
+    out = csv.writer(sys.stdout, lineterminator="\n")
     try:
-        checkpoint = Path(args.run) / "best.ckpt"
-        if not checkpoint.exists():
-            raise FileNotFoundError(f"no trained run in {args.run} ({checkpoint} is missing)")
-        model = load(checkpoint)
-        x = read_features(args.file)
-        labels = model.predict(x, args.threshold).tolist()
-        probabilities = model.predict_proba(x).tolist()
+        model = load(Path(args.run) / "best.ckpt")
+        x, labels = read(args.file, model, args.target)
+        if isinstance(model, MLPRegressor):
+            if args.threshold is not None or args.target is not None:
+                raise ValueError("threshold, target: expected a model of classes, not of values")
+            values = model.predict(x).tolist()
+            out.writerows([["value"], *([f"{value:.6g}"] for value in values)])
+            return
+        probabilities = model.predict_proba(x)
+        decided = probabilities.argmax(-1)
+        if args.threshold is not None:
+            decided = decide(probabilities, args.threshold)
+        classes = model.hparams["classes"]
+        truth = None if labels is None else as_classes(labels, classes)
     except USER_ERRORS as error:
         parser.error(describe(error))
-    classes = model.hparams["classes"]
-    out = csv.writer(sys.stdout, lineterminator="\n")
     out.writerow(["class", *(f"p({name})" for name in classes)])
-    for label, row in zip(labels, probabilities, strict=True):
+    for label, row in zip(decided.tolist(), probabilities.tolist(), strict=True):
         name = "abstain" if label == -1 else classes[label]
         out.writerow([name, *(f"{p:.4f}" for p in row)])
     if args.threshold is not None:
-        count = labels.count(-1)
-        print(f"abstained on {count} of {len(labels)}, below {args.threshold}", file=sys.stderr)
+        count = int((decided == -1).sum())
+        print(f"abstained on {count} of {len(decided)}, below {args.threshold}", file=sys.stderr)
+    if truth is not None:
+        print(judge(probabilities, truth), file=sys.stderr)
+
+
+def as_classes(labels: list[str], classes: list[str]) -> Tensor:
+    for row, label in enumerate(labels):
+        if label not in classes:
+            raise ValueError(f"target: sample {row + 1}: {label!r} is none of {', '.join(classes)}")
+    return torch.tensor([classes.index(label) for label in labels])
+
+
+def judge(probabilities: Tensor, truth: Tensor) -> str:
+    lines = [f"log-loss {log_loss(probabilities, truth):.4f}", "threshold  coverage  accuracy"]
+    for row in coverage_curve(probabilities, truth):
+        accuracy = f"{row.accuracy:8.4f}" if row.coverage else "       -"
+        lines.append(f"{row.threshold:9.2f}  {row.coverage:8.4f}  {accuracy}")
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -6,7 +6,13 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-PAGES = ("README.md", "docs/distributed.md", "docs/migration.md", "docs/optimizers.md")
+PAGES = (
+    "README.md",
+    "docs/data.md",
+    "docs/distributed.md",
+    "docs/migration.md",
+    "docs/optimizers.md",
+)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # the compiler's imports

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from sklearn.datasets import load_iris
 
 pytestmark = [
@@ -54,8 +55,10 @@ def run_script(folder, *arguments):
     )
 
 
-def fails(capsys, *arguments):
-    """The one line that a wrong command ends with."""
+def fails(capsys, *arguments, text=None):
+    """The one line that a wrong command ends with; ``text`` is what its file holds."""
+    if text is not None:
+        Path(arguments[1]).write_text(text)
     with pytest.raises(SystemExit) as stopped:
         train.main(list(arguments))
     out, err = capsys.readouterr()
@@ -74,6 +77,8 @@ def test_the_default_run(tmp_path):
     assert list(metrics) == [
         "test_accuracy",
         "test_f1",
+        "test_loss",
+        "test_opened",
         "best_val_loss",
         "best_epoch",
         "epochs",
@@ -116,7 +121,19 @@ def test_the_default_run(tmp_path):
         (["--activation", "step"], "activation: expected one of relu"),
         (["--init", "glorot"], "init: expected one of auto"),
         (["--optimizer", "lion"], "optimizer: expected one of sgd"),
-        (["--dataset", "mnist"], "dataset: expected digits"),
+        (["--dataset", "nowhere"], "dataset: expected one of digits"),
+        (["--data", "mnist", "--root", "none"], "none: neither train-images-idx3-ubyte nor"),
+        (["--data", "torchvision:MNIST"], "torchvision:MNIST"),
+        (["--data", "csv:good.csv", "--target", "z"], "good.csv: no column 'z'; it has f, g, y"),
+        (["--data", "csv:good.csv", "--task", "x"], "task: expected one of auto, classification"),
+        (["--data", "csv:gaps.csv"], "gaps.csv: row 3, column 2: '' is missing; --missing impute"),
+        (["--augment.rotation", "x"], "augment: expected float"),
+        (["--augment.rotate", "5"], "augment, for images: expected one of rotation"),
+        (["--augment.rotation", "999"], "ImageAugment: expected `rotation` in [0, 180], got 999"),
+        (["--ratios", "0.5", "0.4", "x"], "ratios: expected float"),
+        (["--ratios", "0.5", "0.4", "0.3"], "with sum 1"),
+        (["--split", "alphabetical"], "split: expected one of auto"),
+        (["--smote"], "smote: expected no, for what is no table of numbers"),
         (["--dataset", "csv:none.csv"], "none.csv: No such file or directory"),
         (["--dataset", "csv:bad.csv"], "bad.csv: row 2, column 1: 'x' is not a finite number"),
         (["--config", "none.yaml"], "none.yaml"),
@@ -133,6 +150,8 @@ def test_the_default_run(tmp_path):
 )
 def test_a_wrong_command_ends_with_one_line_and_status_2(here, capsys, arguments, message):
     (here / "bad.csv").write_text("1,2,a\nx,3,b\n")
+    (here / "good.csv").write_text("f,g,y\n1,2,a\n2,3,b\n")
+    (here / "gaps.csv").write_text("f,g,y\n1,2,a\n2,,b\n")
     (here / "bad.yaml").write_text("lrr: 0.1\n")
     (here / "broken.yaml").write_text("lr: [\n")
     assert message in fails(capsys, *arguments)
@@ -209,6 +228,93 @@ def test_predict_names_what_is_wrong_with_the_file(iris, monkeypatch, capsys):
     assert "none.csv: No such file" in fails(capsys, "predict", "none.csv", *run)
     wrong = fails(capsys, "predict", "bad.csv", *run, "--threshold", "x")
     assert "threshold: expected float" in wrong
+
+
+def houses():
+    rows = [(i % 5, ("sea", "town")[i % 2], 50 + 20 * (i % 5) + 7.5 * (i % 2)) for i in range(60)]
+    return "rooms,place,price\n" + "".join(
+        f"{rooms},{place},{price}\n" for rooms, place, price in rows
+    )
+
+
+def test_predict_values_from_a_table_in_any_order(here, capsys):
+    Path("houses.csv").write_text(houses().replace("\n3,", "\n,"))
+    run = ("--data", "csv:houses.csv", "--missing", "impute", "--epochs", "60", "--lr", "0.02")
+    train.main([*run, "--width", "16", "--dropout", "0", "--accelerator", "cpu", "--name", "h"])
+    assert "rmse " in capsys.readouterr().out
+    Path("new.csv").write_text("place,note,rooms\nsea,x,4\ntown,y,0\nsea,z,\n")
+    train.main(["predict", "new.csv", "--run", "runs/h"])
+    header, *rows = table(capsys.readouterr().out)
+    assert header == ["value"]
+    values = [float(row[0]) for row in rows]
+    assert values[0] == pytest.approx(130, abs=15)
+    assert values[1] == pytest.approx(57.5, abs=15)
+    assert values[2] == values[2]  # not NaN
+    run = ("--run", "runs/h")
+    assert "no column 'rooms'" in fails(capsys, "predict", "houses2.csv", *run, text="a,b\n1,c\n")
+    assert "'moon' is none of" in fails(
+        capsys, "predict", "houses2.csv", *run, text="rooms,place\n1,moon\n"
+    )
+    line = fails(capsys, "predict", "new.csv", *run, "--threshold", "0.5")
+    assert "expected a model of classes" in line
+
+
+def test_predict_texts_and_tell_log_loss_and_coverage(here, capsys):
+    epochs = ("--epochs", "15", "--width", "16", "--accelerator", "cpu")
+    train.main(["--data", "reviews", *epochs])
+    capsys.readouterr()
+    Path("new.csv").write_text('text,truth\n"A lovely, warm film",positive\nBroken,negative\n')
+    train.main(["predict", "new.csv", "--run", "runs/reviews", "--target", "truth"])
+    out, err = capsys.readouterr()
+    header, *rows = table(out)
+    assert header == ["class", "p(negative)", "p(positive)"]
+    p = [float(rows[0][2]), float(rows[1][1])]
+    first, second, *curve = err.splitlines()
+    expected = -np.mean(np.log(p))
+    assert float(first.removeprefix("log-loss ")) == pytest.approx(expected, abs=2e-3)
+    assert second.split() == ["threshold", "coverage", "accuracy"]
+    assert [float(line.split()[0]) for line in curve] == [0.0, 0.5, 0.7, 0.9, 0.95, 0.99]
+    assert float(curve[0].split()[1]) == 1.0
+    Path("new.txt").write_text("A lovely, warm film\nBroken\n")
+    train.main(["predict", "new.txt", "--run", "runs/reviews"])
+    assert capsys.readouterr().out == out
+    line = fails(capsys, "predict", "new.csv", "--run", "runs/reviews", "--target", "text")
+    assert "target: sample 1: 'A lovely, warm film' is none of negative, positive" in line
+
+
+def test_predict_images_as_pictures_or_rows(here, capsys):
+    run_digits = ("--epochs", "2", "--width", "16", "--accelerator", "cpu", "--name", "d")
+    train.main(["--augment.rotation", "10", "--augment_picture", *run_digits])
+    assert (here / "runs" / "d" / "augmented.png").exists()
+    assert yaml.safe_load(Path("runs/d/config.yaml").read_text())["augment"] == {"rotation": 10.0}
+    capsys.readouterr()
+    x = np.random.default_rng(0).integers(0, 17, (5, 1, 8, 8))
+    np.save("images.npy", x)
+    np.save("rows.npy", x.reshape(5, 64))
+    train.main(["predict", "images.npy", "--run", "runs/d"])
+    out = capsys.readouterr().out
+    train.main(["predict", "rows.npy", "--run", "runs/d"])
+    assert capsys.readouterr().out == out
+    assert len(table(out)) == 6
+
+
+def test_a_confusing_augmentation_is_one_line(tmp_path):
+    flags = ("--augment.horizontal_flip", "0.5", "--epochs", "1", "--accelerator", "cpu")
+    done = run_script(tmp_path, *flags)
+    (line,) = [line for line in done.stderr.splitlines() if "confus" in line]
+    assert line.startswith("warning: augment: horizontal_flip may confuse the model: a mirrored")
+
+
+def test_a_second_opening_of_the_test_part_is_mentioned(here, capsys):
+    small = (*SMALL[2:4], "--accelerator", "cpu", "--data", "iris", "--patience", "50")
+    train.main([*small, "--epochs", "1"])
+    assert "opened" not in capsys.readouterr().out
+    train.main(["--resume", "--name", "iris", "--epochs", "2"])
+    assert "(opened 2 times: what was chosen since has seen it" in capsys.readouterr().out
+    train.main(["--resume", "--name", "iris", "--epochs", "3", "--reopen_test"])
+    assert "(opened" not in capsys.readouterr().out
+    metrics = json.loads((here / "runs" / "iris" / "metrics.json").read_text())
+    assert metrics["test_opened"] == 3
 
 
 def test_two_processes(tmp_path):

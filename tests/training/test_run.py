@@ -1,12 +1,13 @@
 import csv
 import json
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 
 import torchref
-from torchref.training import Config, MLPClassifier, Run
+from torchref.training import Config, MLPClassifier, MLPRegressor, Run
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -57,10 +58,10 @@ def test_the_checkpoint_alone_rebuilds_the_model(tmp_path):
     made, _ = run(tmp_path)
     path = tmp_path / "iris" / "best.ckpt"
     model = MLPClassifier.load_from_checkpoint(path, weights_only=True)
-    x = made.data.test.tensors[0]
+    x = made.data.test.x
     assert torch.equal(model.predict_proba(x), made.model.predict_proba(x))
     assert model.hparams["classes"] == ["setosa", "versicolor", "virginica"]
-    torch.testing.assert_close(model.normalize.mean, made.data.train.tensors[0].mean(0))
+    torch.testing.assert_close(model.normalize.mean, made.data.train.x.mean(0))
 
 
 def test_the_same_seed_gives_the_same_run(tmp_path):
@@ -119,8 +120,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, stopped_after):
     run(tmp_path / "parts", replace(IRIS, epochs=stopped_after))
     made, metrics = run(tmp_path / "parts", resume=True)
     assert made.history.rows == whole.history.rows
-    for name in set(metrics) - {"seconds", "parity_max_loss_diff"}:
+    for name in set(metrics) - {"seconds", "parity_max_loss_diff", "test_opened"}:
         assert metrics[name] == expected[name]
+    assert (expected["test_opened"], metrics["test_opened"]) == (1, 2)
     for a, b in zip(made.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(a, b)
     assert [int(row["epoch"]) for row in rows(tmp_path / "parts")] == list(range(6))
@@ -181,11 +183,167 @@ def test_other_scalers_train_and_are_in_the_checkpoint(normalize, tmp_path):
     made, metrics = run(tmp_path, config)
     assert metrics["parity_max_loss_diff"] < 1e-5  # the twin has the same scaler
     model = MLPClassifier.load_from_checkpoint(tmp_path / "iris" / "best.ckpt", weights_only=True)
-    x = made.data.test.tensors[0]
+    x = made.data.test.x
     torch.testing.assert_close(model.normalize(x), made.model.normalize(x))
     assert len(list(model.normalize.buffers())) == (0 if normalize == "none" else 2)
 
 
+def table(path, rows=80):
+    """Two numbers and a category, some of them missing; the price follows from them."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, 2, generator=generator)
+    lines = ["size,color,weight,price"]
+    for i, (a, b) in enumerate(x.tolist()):
+        color = "red" if i % 3 else "blue"
+        size = "" if i % 10 == 0 else f"{a:.3f}"
+        price = 100 + 10 * a * bool(size) + 5 * (color == "red") - 3 * b
+        lines.append(f"{size},{color},{b:.3f},{price:.4f}")
+    path.write_text("\n".join(lines))
+    return f"csv:{path}"
+
+
+def test_values_are_learned_from_a_table_with_categories_and_gaps(tmp_path):
+    config = replace(
+        IRIS, dataset=table(tmp_path / "a.csv"), missing="impute", epochs=60, lr=0.01, dropout=0.0
+    )
+    made, metrics = run(tmp_path, config)
+    assert metrics["parity_max_loss_diff"] < 1e-5
+    assert list(metrics)[:5] == ["test_mae", "test_r2", "test_rmse", "test_loss", "test_opened"]
+    assert metrics["test_r2"] > 0.8
+    x, y = made.data.test.x, made.data.test.y
+    error = made.model.predict(x) - y  # in the price's own units
+    assert error.square().mean().sqrt().item() == pytest.approx(metrics["test_rmse"], rel=1e-5)
+    assert error.abs().mean().item() == pytest.approx(metrics["test_mae"], rel=1e-5)
+    train = made.data.train.y
+    assert made.model.scale.mean.item() == pytest.approx(train.mean().item(), rel=1e-6)
+    unexplained = error.square().mean() / train.var(correction=0)
+    assert metrics["test_loss"] == pytest.approx(unexplained.item(), rel=1e-4)
+    again = MLPRegressor.load_from_checkpoint(tmp_path / "csv-a" / "best.ckpt", weights_only=True)
+    assert torch.equal(again.predict(x), made.model.predict(x))
+    assert (tmp_path / "csv-a" / "learning_curves.png").exists()
+
+
+def test_the_twin_sees_a_wrong_gradient_of_a_regression(tmp_path):
+    made = Run(replace(IRIS, dataset="diabetes", epochs=2), root=tmp_path)
+    made.model.net[0].weight.register_hook(lambda grad: grad.roll(1, 0))
+    assert made.execute()["parity_max_loss_diff"] > 1e-6
+
+
+def test_texts_are_learned(tmp_path):
+    config = replace(IRIS, dataset="reviews", epochs=15, augment={"replace": 0.1, "swap": 0.1})
+    made, metrics = run(tmp_path, config)
+    assert metrics["parity_max_loss_diff"] < 1e-5
+    assert metrics["test_accuracy"] > 0.6
+    again = MLPClassifier.load_from_checkpoint(
+        tmp_path / "reviews" / "best.ckpt", weights_only=True
+    )
+    texts = ["a wonderful, warm film", "broken on arrival"]
+    assert torch.equal(again.predict_proba(texts), made.model.predict_proba(texts))
+    words = set(re.findall(r"\w\w+", " ".join(made.data.train.x).lower()))
+    assert set(again.normalize.terms) <= words  # no word of another part
+
+
+DIGITS = replace(IRIS, dataset="digits", epochs=2, batch_size=256)
+
+
+def test_images_are_augmented_in_training_alone(tmp_path):
+    config = replace(DIGITS, augment={"rotation": 15, "mixup": 0.2}, augment_picture=True)
+    made = Run(config, root=tmp_path)
+    seen = []
+    made.model.normalize.register_forward_pre_hook(
+        lambda module, args: seen.append((made.model.training, args[0]))
+    )
+    metrics = made.execute()
+    assert metrics["parity_max_loss_diff"] < 1e-5  # the twin gets the same batch
+    originals = {tuple(row) for row in made.dataset.x.tolist()}
+    for training, x in seen:
+        assert x.shape[1:] == (64,)
+        unchanged = [tuple(row) in originals for row in x.tolist()]
+        assert any(unchanged) != training
+    assert (tmp_path / "digits" / "augmented.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("dataset", "augment"),
+    [
+        ("digits", {"rotation": 10, "cutout": 0.2, "mixup": 0.4}),
+        ("iris", {"noise": 0.2, "shuffle": 0.1, "interpolate": 0.4}),
+        ("diabetes", {"noise": 0.1, "interpolate": 0.4}),
+        ("reviews", {"replace": 0.2, "delete": 0.1}),
+    ],
+)
+def test_a_resumed_run_draws_the_same_augmentation(tmp_path, dataset, augment):
+    config = replace(IRIS, dataset=dataset, epochs=3, augment=augment, batch_size=128)
+    whole, _ = run(tmp_path / "whole", config)
+    run(tmp_path / "parts", replace(config, epochs=1))
+    made, _ = run(tmp_path / "parts", config, resume=True)
+    assert made.history.rows == whole.history.rows
+    plain, _ = run(tmp_path / "plain", replace(config, augment=None))
+    assert plain.history.rows != whole.history.rows
+
+
+def test_small_classes_are_filled_up_after_scalers_have_been_fitted(tmp_path):
+    rows = [f"{i % 7 / 7},{i * 1000},{'rare' if i % 8 == 0 else 'usual'}" for i in range(120)]
+    (tmp_path / "a.csv").write_text("\n".join(rows))
+    plain = Run(replace(IRIS, dataset=f"csv:{tmp_path}/a.csv"), root=tmp_path)
+    made = Run(replace(IRIS, dataset=f"csv:{tmp_path}/a.csv", smote=True), root=tmp_path)
+    before, after = plain.data.train, made.data.train
+    assert before.y.bincount().tolist() == [11, 73]
+    assert after.y.bincount().tolist() == [73, 73]
+    assert torch.equal(after.x[: len(before)], before.x)
+    assert torch.equal(made.model.normalize.mean, plain.model.normalize.mean)
+    for part in ("val", "test"):
+        assert torch.equal(getattr(made.data, part).x, getattr(plain.data, part).x)
+    assert after.x[:, 1].max() <= before.x[:, 1].max()
+    assert made.execute()["epochs"] == 6
+
+
+def test_confusing_augmentation_is_mentioned(tmp_path):
+    with pytest.warns(UserWarning, match="horizontal_flip may confuse .*: a mirrored digit is no"):
+        Run(replace(DIGITS, augment={"horizontal_flip": 0.5}), root=tmp_path)
+    Run(replace(DIGITS, augment={"horizontal_flip": 0.0, "rotation": 9}), root=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"augment": {"rotate": 5}}, "augment, for tables: expected one of noise, .*got 'rotate'"),
+        ({"augment": {"noise": -1}}, "`noise`.*got -1"),
+        ({"dataset": "digits", "augment": {"swap": 5}}, "augment, for images: expected one of rot"),
+        ({"dataset": "digits", "augment": {"crop": 5}}, "`crop`.*got 5"),
+        ({"dataset": "reviews", "augment": {"rewrite": 5}}, "augment, for texts: expected one of"),
+        ({"dataset": "diabetes", "smote": True}, "smote: expected no, for values to predict"),
+        ({"dataset": "digits", "smote": True}, "smote: expected no, for what is no table"),
+        ({"dataset": "reviews", "normalize": "minmax"}, "normalize: expected auto, for texts"),
+        ({"normalize": "image"}, "normalize: expected another scaler, for a table"),
+        ({"augment_picture": True}, "augment_picture: expected --augment and images"),
+        ({"split": "luck"}, "split: expected one of auto, stratified"),
+        ({"split": "grouped"}, "split: grouped needs `groups`; --group"),
+        ({"dataset": "diabetes", "split": "stratified"}, "split: expected random, for values"),
+        ({"ratios": [0.5, 0.5]}, "ratios: expected three parts"),
+        ({"ratios": [0.5, 0.2, 0.2]}, "with sum 1"),
+        ({"gap": 3}, "gap: expected 0 but for a chronological split, got 3"),
+    ],
+)
+def test_wrong_data_options_are_named(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        Run(replace(IRIS, **change), root=tmp_path)
+
+
+def test_resume_with_other_data(tmp_path):
+    run(tmp_path, replace(IRIS, epochs=1))
+    for change in ({"ratios": [0.6, 0.2, 0.2]}, {"augment": {"noise": 0.1}}):
+        with pytest.raises(ValueError, match="resume: (ratios|augment) was None"):
+            Run(replace(IRIS, **change), resume=True, root=tmp_path)
+
+
+def test_without_the_test_part(tmp_path):
+    made = Run(IRIS, root=tmp_path)
+    metrics = made.execute(test=False)
+    assert made.data.test_opened == 0
+    assert not [name for name in metrics if name.startswith("test")]
+
+
 def test_an_unknown_scaler_is_named(tmp_path):
-    with pytest.raises(ValueError, match="normalize: expected one of standard, minmax, robust, no"):
+    with pytest.raises(ValueError, match="normalize: expected one of auto, standard, minmax, r"):
         Run(replace(IRIS, normalize="z"), root=tmp_path)

@@ -8,17 +8,24 @@ except ModuleNotFoundError as error:
         f"torchref.training: {error.name} is missing: pip install 'torchref-triton[train]'"
     ) from error
 
+from torchref.training.config import Config as Config
 from torchref.training.convert import ConvertCallback as ConvertCallback
 from torchref.training.convert import SyncBatchNormPlugin as SyncBatchNormPlugin
 from torchref.training.curves import plot_learning_curves as plot_learning_curves
-from torchref.training.data_module import ClassificationData as ClassificationData
+from torchref.training.data_module import DataModule as DataModule
+from torchref.training.decision import coverage_curve as coverage_curve
+from torchref.training.decision import decide as decide
+from torchref.training.decision import log_loss as log_loss
 from torchref.training.early_stopping import EarlyStopping as EarlyStopping
 from torchref.training.history import History as History
 from torchref.training.history import RandomState as RandomState
 from torchref.training.mlp import build_mlp as build_mlp
+from torchref.training.mlp import build_normalizer as build_normalizer
 from torchref.training.mlp import build_optimizer as build_optimizer
 from torchref.training.module import Classifier as Classifier
 from torchref.training.module import MLPClassifier as MLPClassifier
+from torchref.training.module import MLPRegressor as MLPRegressor
+from torchref.training.module import Regressor as Regressor
+from torchref.training.module import Supervised as Supervised
 from torchref.training.parity import Parity as Parity
-from torchref.training.run import Config as Config
 from torchref.training.run import Run as Run

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-PANELS = (("loss", "cross-entropy"), ("accuracy", "accuracy"))
 COLORS = {"train": "#1f77b4", "val": "#d95f02"}
 LABELS = {"train": "training", "val": "validation"}
 
@@ -11,20 +10,23 @@ LABELS = {"train": "training", "val": "validation"}
 def plot_learning_curves(
     rows: Sequence[dict[str, float]], path: str | Path, best_epoch: int | None = None
 ) -> None:
-    """Draw training and validation loss and accuracy against the epoch into a file.
+    """Draw training and validation loss, and score, against the epoch into a file.
 
     Args:
-        rows: one dict an epoch with ``epoch``, ``train_loss``, ``val_loss``, ``train_accuracy`` and
-            ``val_accuracy``; :attr:`History.rows` is such a list.
+        rows: one dict an epoch with ``epoch``, ``train_loss``, ``val_loss``, and the same of one
+            more metric, as ``train_accuracy`` and ``val_accuracy``; :attr:`History.rows` is such a
+            list.
         path: of the picture; its ending decides the format.
         best_epoch: marked with a dashed line.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    scores = [name.removeprefix("train_") for name in rows[0] if name.startswith("train_")]
+    panels = sorted(scores, key=lambda name: name != "loss")
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)  # no pyplot: it would pick a screen and keep the figure
-    for axes, (metric, title) in zip(figure.subplots(1, 2), PANELS, strict=True):
+    for axes, metric in zip(figure.subplots(1, len(panels)), panels, strict=True):
         for part, color in COLORS.items():
             points = [(row["epoch"], row[f"{part}_{metric}"]) for row in rows]
             marker = "." if len(points) < 30 else None
@@ -32,7 +34,7 @@ def plot_learning_curves(
         if best_epoch is not None:
             label = f"best epoch ({best_epoch})"
             axes.axvline(best_epoch, color="0.4", linestyle="--", linewidth=1, label=label)
-        axes.set_title(title)
+        axes.set_title(metric)
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)

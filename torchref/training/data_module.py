@@ -1,20 +1,48 @@
 """The three parts of a data set as Lightning asks for them."""
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
+import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from torchref.data.split import stratified_split
-from torchref.training.checks import check_range
+from torchref.data.normalize import Fitted
+from torchref.data.split import (
+    chronological_split,
+    grouped_split,
+    random_split,
+    ratios_for,
+    stratified_split,
+)
+from torchref.training.checks import check_choice, check_range
 
 EVALUATION_BATCH = 1024
+SPLITS = ("auto", "stratified", "random", "chronological", "grouped")
+
+Texts = Sequence[str]
+Change = Callable[[Any, Tensor], tuple[Any, Tensor]]
 
 
-class ClassificationData(LightningDataModule):
-    """Stratified training, validation and test parts of tensors held in memory.
+class Samples(Dataset):
+    """Some rows of tensors, or of texts, that a loader takes a batch at a time."""
+
+    def __init__(self, x: Tensor | Texts, y: Tensor) -> None:
+        self.x, self.y = x, y
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, index: int) -> tuple[Any, Tensor]:
+        return self.x[index], self.y[index]
+
+    def __getitems__(self, indices: list[int]) -> tuple[Any, Tensor]:
+        return _rows(self.x, index := torch.as_tensor(indices)), self.y[index]
+
+
+class DataModule(LightningDataModule):
+    """Training, validation and test parts of samples held in memory.
 
     One argument chooses between the course's three forms of gradient descent: ``batch_size="full"``
     is batch, 1 is stochastic, anything between is mini-batch. The order of the samples is a
@@ -24,11 +52,25 @@ class ClassificationData(LightningDataModule):
 
     A last batch of a single sample is left out of its epoch: batch norm has no variance for it.
 
+    The test part opens once: a second ``test`` raises, for what was chosen after the first has seen
+    it. Statistics of scalers come from the training part alone, by :meth:`fit`.
+
     Args:
-        x: (samples, features).
-        y: (samples,) labels.
+        x: (samples, ...), or a list of texts.
+        y: (samples,) labels, or values, which are floating point.
+        split: ``stratified`` by ``y``, ``random``, ``chronological``, ``grouped``, or ``auto``:
+            stratified, or random where ``y`` holds values.
+        ratios: shares of the training, validation and test parts, or ``auto``: by the number of
+            samples, see :func:`torchref.data.ratios_for`.
+        gap: samples left out at each border of a chronological split.
+        groups: (samples,) for a grouped split.
+        times: (samples,) for a chronological split; by default the order of the samples.
+        test: indices of a test part that is given; the others are shared out.
+        parts: indices of all three parts, instead of a split.
         batch_size: >= 1, or ``"full"``.
-        ratios: shares of the training, validation and test parts.
+        augment: ``(x, y) -> (x, y)`` applied to each training batch on its device, drawing from
+            torch's default generator.
+        reopen_test: whether ``test`` may run more than once.
         seed: of the split and of the order.
 
     Raises:
@@ -36,7 +78,7 @@ class ClassificationData(LightningDataModule):
 
     Example:
         >>> x, y = torch.zeros(100, 2), torch.arange(100) % 2
-        >>> data = ClassificationData(x, y, batch_size=32)
+        >>> data = DataModule(x, y, batch_size=32)
         >>> [len(labels) for _, labels in data.train_dataloader()]
         [32, 32, 6]
 
@@ -45,21 +87,53 @@ class ClassificationData(LightningDataModule):
 
     def __init__(
         self,
-        x: Tensor,
+        x: Tensor | Texts,
         y: Tensor,
         *,
+        split: str = "auto",
+        ratios: Sequence[float] | Literal["auto"] = "auto",
+        gap: int = 0,
+        groups: Tensor | None = None,
+        times: Tensor | None = None,
+        test: Tensor | None = None,
+        parts: Sequence[Tensor] | None = None,
         batch_size: int | Literal["full"] = 64,
-        ratios: Sequence[float] = (0.7, 0.15, 0.15),
+        augment: Change | None = None,
+        reopen_test: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
         check_range(
             "batch_size", batch_size, ">= 1 or 'full'", batch_size == "full" or batch_size >= 1
         )
-        parts = stratified_split(y, ratios, seed)
-        self.train, self.val, self.test = (TensorDataset(x[part], y[part]) for part in parts)
+        check_choice("split", split, SPLITS)
+        if split == "auto":
+            split = "random" if y.is_floating_point() else "stratified"
+        check_range("gap", gap, "0 but for a chronological split", not gap or split[0] == "c")
+        if len(x) != len(y):
+            raise ValueError(f"DataModule: expected as many targets as samples, got {len(y)}")
+        if parts is None:
+            rest, held = _hold_out(len(y), test)
+            ratios = _three(ratios_for(len(y)) if ratios == "auto" else ratios)
+            shares = ratios if held is None else _without_test(ratios)
+            keys = [None if key is None else key[rest] for key in (groups, times)]
+            parts = [rest[p] for p in _share_out(split, shares, gap, seed, y[rest], *keys)]
+            parts += [] if held is None else [held]
+        self.parts = _three(parts)
+        self.train, self.val, self.test = (Samples(_rows(x, p), y[p]) for p in self.parts)
         self.batch_size = batch_size
+        self.augment = augment
+        self.reopen_test = reopen_test
         self.seed = seed
+        self.test_opened = 0
+
+    def fit(self, statistics: Fitted) -> Fitted:
+        """Fit a scaler, or whatever has a ``fit``, on the training part and return it."""
+        return statistics.fit(self.train.x)
+
+    def resample(self, change: Change) -> None:
+        """Replace the training part by ``change(x, y)`` of it, as :func:`torchref.data.smote`."""
+        self.train = Samples(*change(self.train.x, self.train.y))
 
     def train_dataloader(self) -> DataLoader:
         world_size = self.trainer.world_size if self.trainer else 1
@@ -67,10 +141,71 @@ class ClassificationData(LightningDataModule):
         sampler = DistributedSampler(self.train, world_size, rank, shuffle=True, seed=self.seed)
         size = len(sampler) if self.batch_size == "full" else int(self.batch_size)
         alone = size > 1 and len(sampler) % size == 1
-        return DataLoader(self.train, size, sampler=sampler, drop_last=alone)
+        return DataLoader(self.train, size, sampler=sampler, drop_last=alone, collate_fn=_as_it_is)
 
     def val_dataloader(self) -> DataLoader:
-        return DataLoader(self.val, EVALUATION_BATCH)
+        return DataLoader(self.val, EVALUATION_BATCH, collate_fn=_as_it_is)
 
     def test_dataloader(self) -> DataLoader:
-        return DataLoader(self.test, EVALUATION_BATCH)
+        if self.test_opened and not self.reopen_test:
+            raise RuntimeError(
+                "test: the test part was opened before, and a second score is not of unseen data; "
+                "reopen_test=True allows it"
+            )
+        self.test_opened += 1
+        return DataLoader(self.test, EVALUATION_BATCH, collate_fn=_as_it_is)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        if self.augment is None or self.trainer is None or not self.trainer.training:
+            return batch
+        return self.augment(*batch)
+
+
+def _rows(x: Tensor | Texts, index: Tensor) -> Any:
+    return x[index] if isinstance(x, Tensor) else [x[i] for i in index.tolist()]
+
+
+def _as_it_is(batch: Any) -> Any:
+    """Samples.__getitems__ makes the batch."""
+    return batch
+
+
+def _three(parts: Sequence[Any]) -> list[Any]:
+    if len(parts) != 3:
+        raise ValueError(
+            f"ratios: expected three parts (training, validation, test), got {len(parts)}"
+        )
+    return list(parts)
+
+
+def _without_test(ratios: Sequence[float]) -> list[float]:
+    return [ratio / (ratios[0] + ratios[1]) for ratio in ratios[:2]]
+
+
+def _hold_out(count: int, test: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    if test is None:
+        return torch.arange(count), None
+    kept = torch.ones(count, dtype=torch.bool)
+    kept[test] = False
+    return kept.nonzero().flatten(), test
+
+
+def _share_out(
+    split: str,
+    ratios: Sequence[float],
+    gap: int,
+    seed: int,
+    y: Tensor,
+    groups: Tensor | None,
+    times: Tensor | None,
+) -> Sequence[Tensor]:
+    if split == "stratified":
+        check_range("split", split, "random, for values", not y.is_floating_point())
+        return stratified_split(y, ratios, seed)
+    if split == "random":
+        return random_split(len(y), ratios, seed)
+    if split == "chronological":
+        return chronological_split(len(y) if times is None else times, ratios, gap)
+    if groups is None:
+        raise ValueError("split: grouped needs `groups`; --group names a column of the table")
+    return grouped_split(groups, ratios, seed, None if y.is_floating_point() else y)

@@ -2,11 +2,14 @@
 
 from collections.abc import Iterable
 from types import ModuleType
+from typing import Any
 
 import torch
 
 import torchref
 import torchref.optim
+from torchref.data.normalize import SCALERS, ImageNormalize, Impute
+from torchref.data.text import BagOfWords
 from torchref.nn.init import initialize
 from torchref.training.checks import check_choice, check_range
 
@@ -28,6 +31,7 @@ INITIALIZERS = {
     "normal": "normal",
     "zeros": "zeros",
 }
+LIBRARIES = {"torchref": (torchref.nn, torchref.optim), "torch": (torch.nn, torch.optim)}
 OPTIMIZERS = {
     "sgd": ("SGD", {}),
     "momentum": ("SGD", {"momentum": 0.9}),
@@ -115,3 +119,35 @@ def build_optimizer(
     check_range("lr", lr, "finite and > 0", 0 < lr < float("inf"))
     kind, arguments = OPTIMIZERS[name]
     return getattr(library, kind)(params, lr=lr, **arguments)
+
+
+def build_normalizer(name: str = "auto", inputs: dict[str, Any] | None = None) -> torch.nn.Module:
+    """What samples go through before the network, to be fitted on the training part.
+
+    Args:
+        name: ``standard`` (z-scores), ``minmax``, ``robust``, ``image`` (by channel), ``none``, or
+            ``auto``: ``image`` for images, tf-idf for texts, ``standard`` for tables.
+        inputs: what samples are, numbers without a gap by default: ``{"kind": "table", "missing":
+            bool}``, ``{"kind": "image", "shape": [C, H, W], "high": number}``, rows of pixels, or
+            ``{"kind": "text"}``.
+
+    Raises:
+        ValueError: an unknown name, or one that such samples do not have.
+
+    Example:
+        >>> build_normalizer("minmax")
+        MinMax(unfitted)
+    """
+    inputs = inputs or {"kind": "table"}
+    kind = inputs["kind"]
+    check_choice("normalize", name, ("auto", *SCALERS))
+    if kind == "text":
+        check_range("normalize", name, "auto, for texts", name == "auto")
+        return BagOfWords()
+    if name == "auto":
+        name = "image" if kind == "image" else "standard"
+    if name == "image":
+        check_range("normalize", name, "another scaler, for a table", kind == "image")
+        return ImageNormalize(divisor=inputs["high"], shape=tuple(inputs["shape"]))
+    scaler = SCALERS[name]()
+    return Impute(scaler) if inputs.get("missing") else scaler

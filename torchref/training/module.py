@@ -1,4 +1,4 @@
-"""The LightningModule: a network, its normalizer, loss, penalties, optimizer and metrics."""
+"""The LightningModules: a network, its normalizer, loss, penalties, optimizer and metrics."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -7,40 +7,41 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
+from torchmetrics import MeanAbsoluteError, MeanSquaredError, MetricCollection, R2Score
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 import torchref
 import torchref.optim
-from torchref.data.normalize import SCALERS
+from torchref.autograd import opmath
+from torchref.data.normalize import Standard
 from torchref.nn.functional import softmax
-from torchref.training.checks import check_choice, check_range
-from torchref.training.mlp import build_mlp, build_optimizer
+from torchref.nn.penalty import weight_penalty
+from torchref.training.checks import check_range
+from torchref.training.decision import decide
+from torchref.training.mlp import LIBRARIES, build_mlp, build_normalizer, build_optimizer
 
-LIBRARIES = {"torchref": (torchref.nn, torchref.optim), "torch": (torch.nn, torch.optim)}
+Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
-class Classifier(LightningModule):
-    r"""Train any network that turns samples into logits, and predict with it.
+class Supervised(LightningModule):
+    r"""Train any network on samples with targets; :class:`Classifier` and :class:`Regressor`.
 
     The cost of a batch of m samples is
 
     .. math::
         J = \frac{1}{m} \sum_i L(z_i, y_i) + \lambda_1 \sum_w |w| + \lambda_2 \sum_w w^2
 
-    where w runs over the weights: parameters of two dimensions or more, so neither biases nor the
-    gain of a normalization layer. The gradient of the last term is :math:`2 \lambda_2 w`:
-    ``l2`` is half of torch's ``weight_decay`` under plain SGD.
-
-    It logs ``train_loss`` (without penalties), ``train_accuracy``, ``val_loss``, ``val_accuracy``,
-    ``val_f1`` (macro), ``test_loss``, ``test_accuracy`` and ``test_f1``, once an epoch.
+    with the penalties of :func:`torchref.nn.weight_penalty`: ``l2`` is half of torch's
+    ``weight_decay`` under plain SGD. The loss is logged without them, once an epoch, as
+    ``train_loss``, ``val_loss`` and ``test_loss``.
 
     Args:
-        net: samples to logits (samples, classes).
-        classes: number of classes.
+        net: samples to outputs.
+        loss: of outputs and targets.
+        scores: metrics of predictions and targets; each is logged as ``val_...`` and ``test_...``,
+            the first as ``train_...``, too.
         normalize: applied to samples first and saved with the network; a fitted
             :class:`torchref.data.Standard`, say.
-        loss: of logits and labels; mean cross-entropy by default.
         optimizer: parameters to optimizer; Adam with rate 0.001 by default.
         l1: :math:`\lambda_1`, finite, >= 0.
         l2: :math:`\lambda_2`, finite, >= 0.
@@ -48,22 +49,20 @@ class Classifier(LightningModule):
     Raises:
         ValueError: a penalty is out of its range.
 
-    Example:
-        >>> model = Classifier(torch.nn.Linear(4, 3), classes=3, l2=1e-4)
-        >>> model.predict(torch.zeros(2, 4)).shape
-        torch.Size([2])
-
-    Source: the course, "Softmax regression" and "L1 and L2 regularization".
+    Source: the course, "Backpropagation" and "L1 and L2 regularization".
     """
+
+    score: str
+    """The metric that is shown beside the loss."""
 
     def __init__(
         self,
         net: nn.Module,
-        classes: int,
+        loss: nn.Module,
+        scores: MetricCollection,
         *,
         normalize: nn.Module | None = None,
-        loss: nn.Module | None = None,
-        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
+        optimizer: Optimizer | None = None,
         l1: float = 0.0,
         l2: float = 0.0,
     ) -> None:
@@ -72,17 +71,11 @@ class Classifier(LightningModule):
         check_range("l2", l2, "finite and >= 0", 0 <= l2 < float("inf"))
         self.net = net
         self.normalize = normalize or nn.Identity()
-        self.loss = loss or torchref.nn.CrossEntropyLoss()
+        self.loss = loss
         self.optimizer_factory = optimizer or partial(torchref.optim.Adam, lr=1e-3)
         self.l1, self.l2 = l1, l2
         self._compiled: tuple[Callable[[Tensor], Tensor], ...] = ()
-        self.train_accuracy = MulticlassAccuracy(classes, average="micro")
-        scores = MetricCollection(
-            {
-                "accuracy": MulticlassAccuracy(classes, average="micro"),
-                "f1": MulticlassF1Score(classes, average="macro"),
-            }
-        )
+        self.train_score = scores[self.score].clone()
         self.val_scores = scores.clone(prefix="val_")
         self.test_scores = scores.clone(prefix="test_")
 
@@ -95,75 +88,54 @@ class Classifier(LightningModule):
         """Run the network through :func:`torch.compile`; the keys of the state stay as they are."""
         self._compiled = (torch.compile(self.net),)  # in a tuple, so that it is no submodule
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Any) -> Tensor:
         net = self._compiled[0] if self._compiled else self.net
         return net(self.normalize(x))
 
-    def penalty(self) -> Tensor | float:
+    def cost(self, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of a batch, without penalties, and the outputs."""
+        output = self(x)
+        return self.loss(output, y), output
+
+    def penalty(self) -> Tensor:
         """The L1 and L2 terms of the cost."""
-        weights = [p for p in self.net.parameters() if p.ndim > 1]
-        l1 = self.l1 * sum(w.abs().sum() for w in weights) if self.l1 else 0.0
-        l2 = self.l2 * sum(w.square().sum() for w in weights) if self.l2 else 0.0
-        return l1 + l2
+        return weight_penalty(self.net, self.l1, self.l2)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int = 0) -> Tensor:
-        x, y = batch
-        logits = self(x)
-        loss = self.loss(logits, y)
-        self.train_accuracy(logits, y)
-        self.log("train_loss", loss, on_step=False, on_epoch=True, sync_dist=True)
-        self.log("train_accuracy", self.train_accuracy, on_step=False, on_epoch=True)
-        return loss + self.penalty()
+    def training_step(self, batch: tuple[Any, Tensor], batch_idx: int = 0) -> Tensor:
+        loss, output = self.cost(*batch)
+        self._update(self.train_score, output, batch[1])
+        options = {"on_step": False, "on_epoch": True, "batch_size": len(batch[1])}
+        self.log("train_loss", loss, sync_dist=True, **options)
+        self.log(f"train_{self.score}", self.train_score, **options)
+        return loss + self.penalty().to(loss.device)
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int = 0) -> None:
-        self._score("val", self.val_scores, batch)
+    def validation_step(self, batch: tuple[Any, Tensor], batch_idx: int = 0) -> None:
+        self._evaluate_batch("val", self.val_scores, batch)
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int = 0) -> None:
-        self._score("test", self.test_scores, batch)
+    def test_step(self, batch: tuple[Any, Tensor], batch_idx: int = 0) -> None:
+        self._evaluate_batch("test", self.test_scores, batch)
 
-    def _score(self, stage: str, scores: MetricCollection, batch: tuple[Tensor, Tensor]) -> None:
-        x, y = batch
-        logits = self(x)
-        scores.update(logits, y)
-        loss = self.loss(logits, y)
-        self.log(f"{stage}_loss", loss, sync_dist=True, batch_size=len(y))
-        self.log_dict(scores, batch_size=len(y))  # pyright: ignore[reportArgumentType]
+    def _evaluate_batch(
+        self, stage: str, scores: MetricCollection, batch: tuple[Any, Tensor]
+    ) -> None:
+        loss, output = self.cost(*batch)
+        self._update(scores, output, batch[1])
+        size = len(batch[1])
+        self.log(f"{stage}_loss", loss, sync_dist=True, batch_size=size)
+        self.log_dict(scores, batch_size=size)  # pyright: ignore[reportArgumentType]
 
-    def predict_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
-        return self.predict_proba(batch[0] if isinstance(batch, (tuple, list)) else batch)
+    def _update(self, scores: Any, output: Tensor, y: Tensor) -> None:
+        """Show a batch to metrics."""
+        scores.update(output, y)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer_factory(self.net.parameters())
 
-    def predict_proba(self, x: Tensor) -> Tensor:
-        """Probabilities (samples, classes): the softmax of the logits, in evaluation mode."""
-        return softmax(self._evaluate(x), dim=-1)
-
-    def predict(self, x: Tensor, threshold: float | None = None) -> Tensor:
-        """The class of each sample, or -1 where the network is not confident enough.
-
-        Softmax keeps order, so the largest logit decides.
-
-        Args:
-            x: (samples, features), before normalization.
-            threshold: abstain below this probability, in [0, 1]; None never abstains.
-
-        Returns:
-            (samples,) int64.
-
-        Raises:
-            ValueError: ``threshold`` is out of its range.
-        """
-        logits = self._evaluate(x)
-        labels = logits.argmax(-1)
-        if threshold is None:
-            return labels
-        check_range("threshold", threshold, "in [0, 1]", 0 <= threshold <= 1)
-        confident = softmax(logits, dim=-1).amax(-1) >= threshold  # False for NaN
-        return labels.masked_fill(~confident, -1)
+    def predict(self, x: Any) -> Tensor:
+        raise NotImplementedError
 
     @torch.no_grad()
-    def _evaluate(self, x: Tensor) -> Tensor:
+    def _evaluate(self, x: Any) -> Tensor:
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
@@ -173,17 +145,151 @@ class Classifier(LightningModule):
                 module.training = mode
 
 
+class Classifier(Supervised):
+    r"""Train any network that turns samples into logits, and predict with it.
+
+    It logs what :class:`Supervised` does, and ``accuracy`` and ``f1`` (macro). Targets are classes
+    or, from mixup say, probabilities, whose largest the metrics take as the class.
+
+    Args:
+        net: samples to logits (samples, classes).
+        classes: number of classes.
+        loss: of logits and labels; mean cross-entropy by default.
+        normalize, optimizer, l1, l2: see :class:`Supervised`.
+
+    Raises:
+        ValueError: a penalty is out of its range.
+
+    Example:
+        >>> model = Classifier(torch.nn.Linear(4, 3), classes=3, l2=1e-4)
+        >>> model.predict(torch.zeros(2, 4)).shape
+        torch.Size([2])
+
+    Source: the course, "Softmax regression".
+    """
+
+    score = "accuracy"
+
+    def __init__(
+        self, net: nn.Module, classes: int, *, loss: nn.Module | None = None, **options: Any
+    ) -> None:
+        scores = MetricCollection(
+            {
+                "accuracy": MulticlassAccuracy(classes, average="micro"),
+                "f1": MulticlassF1Score(classes, average="macro"),
+            }
+        )
+        super().__init__(net, loss or torchref.nn.CrossEntropyLoss(), scores, **options)
+
+    def _update(self, scores: Any, output: Tensor, y: Tensor) -> None:
+        scores.update(output, y.argmax(-1) if y.is_floating_point() else y)
+
+    def predict_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+        return self.predict_proba(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
+    def predict_proba(self, x: Any) -> Tensor:
+        """Probabilities (samples, classes): the softmax of the logits, in evaluation mode."""
+        return softmax(self._evaluate(x), dim=-1)
+
+    def predict(self, x: Any, threshold: float | Tensor | None = None) -> Tensor:
+        """The class of each sample, or -1 where the network is not confident enough.
+
+        Softmax keeps order, so without a threshold the largest logit decides.
+
+        Args:
+            x: (samples, features), before normalization, or texts.
+            threshold: see :func:`torchref.training.decide`; None never abstains.
+
+        Returns:
+            (samples,) int64.
+
+        Raises:
+            ValueError: ``threshold`` is out of its range.
+        """
+        logits = self._evaluate(x)
+        return logits.argmax(-1) if threshold is None else decide(softmax(logits, -1), threshold)
+
+
+class Regressor(Supervised):
+    r"""Train any network that turns samples into values, and predict with it.
+
+    The network's outputs are in units of the targets' scale, so that one learning rate serves
+    targets of any size: the loss, the mean of squares, is 1 for whoever predicts the mean.
+    ``rmse``, ``mae`` and ``r2`` are of predictions in the targets' own units. The gradient of the
+    course's squared loss, :math:`\frac{1}{2} (y - \hat{y})^2`, is half as large.
+
+    Args:
+        net: samples to (samples, 1).
+        loss: of outputs and scaled targets; the mean of squares by default.
+        scale: fitted on the training part's targets, (samples, 1); none by default.
+        normalize, optimizer, l1, l2: see :class:`Supervised`.
+
+    Raises:
+        ValueError: a penalty is out of its range.
+
+    Example:
+        >>> model = Regressor(torch.nn.Linear(4, 1))
+        >>> model.predict(torch.zeros(2, 4)).shape
+        torch.Size([2])
+
+    Source: the course, "MSE in backpropagation" and "L1 and L2 regularization".
+    """
+
+    score = "rmse"
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        loss: nn.Module | None = None,
+        scale: nn.Module | None = None,
+        **options: Any,
+    ) -> None:
+        scores = MetricCollection(
+            {
+                "rmse": MeanSquaredError(squared=False),
+                "mae": MeanAbsoluteError(),
+                "r2": R2Score(),
+            },
+            compute_groups=False,  # of metrics that share no state
+        )
+        super().__init__(net, loss or torchref.nn.MSELoss(), scores, **options)
+        self.scale = scale or nn.Identity()
+
+    def forward(self, x: Any) -> Tensor:
+        return super().forward(x).squeeze(-1)
+
+    def cost(self, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
+        output = self(x)
+        return self.loss(output, self.scale(y[:, None])[:, 0]), output
+
+    def _update(self, scores: Any, output: Tensor, y: Tensor) -> None:
+        scores.update(self._in_units(output.detach()), y)
+
+    def _in_units(self, output: Tensor) -> Tensor:
+        if isinstance(self.scale, Standard):
+            return self.scale.inverse(opmath(output)[:, None])[:, 0]
+        return output
+
+    def predict_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+        return self.predict(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
+    def predict(self, x: Any) -> Tensor:
+        """The value of each sample, (samples,), in evaluation mode."""
+        return self._in_units(self._evaluate(x))
+
+
 class MLPClassifier(Classifier):
     """A :class:`Classifier` that its hyperparameters rebuild, so that a checkpoint is enough.
 
     Args:
-        features: length of a sample.
+        features: length of a sample as the network sees it.
         classes: names of the classes.
-        depth, width, activation, dropout, batch_norm, init: see :func:`build_mlp`.
-        optimizer, lr: see :func:`build_optimizer`.
-        l1, l2: see :class:`Classifier`.
-        normalize: ``standard``, ``minmax``, ``robust`` or ``none``.
         library: ``torchref``, or ``torch`` for the twin made of torch.nn and torch.optim.
+        options: ``depth``, ``width``, ``activation``, ``dropout``, ``batch_norm``, ``init`` as in
+            :func:`build_mlp`; ``optimizer`` ("adam") and ``lr`` (0.001) as in
+            :func:`build_optimizer`; ``l1`` and ``l2`` (0); ``normalize`` ("auto") and ``inputs`` as
+            in :func:`build_normalizer`.
 
     Example:
         >>> model = MLPClassifier(features=4, classes=["no", "yes"], depth=1, width=8)
@@ -192,47 +298,52 @@ class MLPClassifier(Classifier):
     """
 
     def __init__(
-        self,
-        features: int,
-        classes: list[str],
-        depth: int = 2,
-        width: int = 128,
-        activation: str = "relu",
-        dropout: float = 0.1,
-        batch_norm: bool = True,
-        init: str = "auto",
-        optimizer: str = "adam",
-        lr: float = 1e-3,
-        l1: float = 0.0,
-        l2: float = 0.0,
-        normalize: str = "standard",
-        library: str = "torchref",
+        self, features: int, classes: list[str], library: str = "torchref", **options: Any
     ) -> None:
-        check_choice("normalize", normalize, SCALERS)
-        layers, _ = LIBRARIES[library]
-        net = build_mlp(
-            features,
-            len(classes),
-            depth=depth,
-            width=width,
-            activation=activation,
-            dropout=dropout,
-            batch_norm=batch_norm,
-            init=init,
-            library=layers,
-        )
-        super().__init__(
-            net,
-            len(classes),
-            normalize=SCALERS[normalize](),
-            loss=layers.CrossEntropyLoss(),
-            l1=l1,
-            l2=l2,
-        )
+        loss = LIBRARIES[library][0].CrossEntropyLoss()
+        parts = _mlp_parts(features, len(classes), library, **options)
+        super().__init__(classes=len(classes), loss=loss, **parts)
         self.save_hyperparameters()
         self.configure_optimizers()  # a wrong rate or name is an error here, not after the data
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        _, optimizers = LIBRARIES[self.hparams["library"]]
-        name, lr = self.hparams["optimizer"], self.hparams["lr"]
-        return build_optimizer(name, self.net.parameters(), lr, optimizers)
+
+class MLPRegressor(Regressor):
+    """A :class:`Regressor` that its hyperparameters rebuild, so that a checkpoint is enough.
+
+    Args:
+        features, library, options: see :class:`MLPClassifier`.
+
+    Example:
+        >>> model = MLPRegressor(features=4, depth=1, width=8)
+        >>> model.hparams["width"]
+        8
+    """
+
+    def __init__(self, features: int, library: str = "torchref", **options: Any) -> None:
+        parts = _mlp_parts(features, 1, library, **options)
+        super().__init__(loss=LIBRARIES[library][0].MSELoss(), scale=Standard(), **parts)
+        self.save_hyperparameters()
+        self.configure_optimizers()
+
+
+def _mlp_parts(
+    features: int,
+    outputs: int,
+    library: str,
+    *,
+    optimizer: str = "adam",
+    lr: float = 1e-3,
+    l1: float = 0.0,
+    l2: float = 0.0,
+    normalize: str = "auto",
+    inputs: dict[str, Any] | None = None,
+    **network: Any,
+) -> dict[str, Any]:
+    layers, optimizers = LIBRARIES[library]
+    return {
+        "net": build_mlp(features, outputs, library=layers, **network),
+        "normalize": build_normalizer(normalize, inputs),
+        "optimizer": partial(build_optimizer, optimizer, lr=lr, library=optimizers),
+        "l1": l1,
+        "l2": l2,
+    }

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import torchref
 from torchref.training.checks import check_range
-from torchref.training.module import Classifier
+from torchref.training.module import Supervised
 
 
 class Parity(Callback):
@@ -42,7 +42,7 @@ class Parity(Callback):
         True
     """
 
-    def __init__(self, twin: Classifier, sync_every: int = 20) -> None:
+    def __init__(self, twin: Supervised, sync_every: int = 20) -> None:
         # With 1 no update of the twin would ever be compared.
         check_range("sync_every", sync_every, ">= 2", sync_every >= 2)
         self.twin = twin
@@ -74,9 +74,9 @@ class Parity(Callback):
         if trainer.global_step > 0 and trainer.global_step % self.sync_every == 0:
             self._sync(trainer, pl_module)
         x, y = batch
-        device = x.device.type
-        with torch.random.fork_rng([x.device] if x.is_cuda else [], device_type=device):
-            loss = self.twin.loss(self.twin(x), y) + self.twin.penalty()
+        device = y.device  # x may be texts
+        with torch.random.fork_rng([device] if y.is_cuda else [], device_type=device.type):
+            loss = self.twin.cost(x, y)[0] + self.twin.penalty().to(y.device)
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()

@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
-SHOWN = ("train_loss", "val_loss", "val_accuracy")
+SHOWN = ("train_loss", "val_loss", "val_accuracy", "val_rmse")
 
 
 class EpochProgress(ProgressBar):

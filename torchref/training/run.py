@@ -4,14 +4,12 @@ import json
 import logging
 import math
 import os
-import platform
 import time
 import warnings
-from collections.abc import Iterable
-from dataclasses import Field, asdict, dataclass, field, fields
-from importlib import metadata
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import yaml
@@ -19,17 +17,22 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
 
 import torchref
-from torchref.data.datasets import load_dataset
-from torchref.data.normalize import Scaler
+from torchref.data.augment.image import save_picture
+from torchref.data.datasets import Dataset, load_dataset
+from torchref.data.normalize import Fitted
+from torchref.training.augment import build_augment, oversample
 from torchref.training.checks import check_range
+from torchref.training.config import DATA, NETWORK, Config, versions
 from torchref.training.convert import SyncBatchNormPlugin
 from torchref.training.curves import plot_learning_curves
-from torchref.training.data_module import ClassificationData
+from torchref.training.data_module import DataModule
 from torchref.training.early_stopping import EarlyStopping
 from torchref.training.history import History, RandomState
-from torchref.training.module import MLPClassifier
+from torchref.training.mlp import build_normalizer
+from torchref.training.module import MLPClassifier, MLPRegressor
 from torchref.training.parity import Parity
 from torchref.training.progress import EpochProgress
 
@@ -41,84 +44,10 @@ FILES = (
     "metrics.json",
     "metrics.csv",
     "learning_curves.png",
-)
-NETWORK = (
-    "depth",
-    "width",
-    "activation",
-    "dropout",
-    "batch_norm",
-    "init",
-    "optimizer",
-    "lr",
-    "l1",
-    "l2",
-    "normalize",
+    "augmented.png",
 )
 SMALL_LAYER = 2**16  # elements of an activation
-FIXED_ON_RESUME = (*NETWORK, "dataset", "batch_size", "seed")
-
-
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
-@dataclass(frozen=True)
-class Config:
-    """Everything that decides a run; each field is a flag of ``scripts/train.py`` and a YAML key.
-
-    Ranges are checked where the values are used, by :class:`Run`.
-
-    Example:
-        >>> Config(lr=0.01).width
-        128
-    """
-
-    dataset: str = _option("digits", "digits, breast_cancer, wine, iris or csv:PATH (class last)")
-    lr: float = _option(2e-3, "learning rate, > 0")
-    epochs: int = _option(100, "most passes over the training split, > 0")
-    batch_size: int | Literal["full"] = _option(
-        64, "samples in a step: full is batch, 1 stochastic gradient descent; for each process"
-    )
-    depth: int = _option(2, "hidden layers, >= 0; 0 is softmax regression")
-    width: int = _option(128, "neurons in a hidden layer, > 0")
-    activation: str = _option("relu", "relu, leaky_relu, sigmoid, tanh, elu, selu, gelu or silu")
-    init: str = _option(
-        "auto", "auto (by activation: He for relu), he, xavier, lecun, normal, zeros"
-    )
-    optimizer: str = _option("adam", "sgd, momentum, rmsprop, adam or adamw")
-    dropout: float = _option(0.1, "probability that a neuron is dropped, in [0, 1)")
-    l1: float = _option(0.0, "weight of the sum of |w|, >= 0")
-    l2: float = _option(1e-4, "weight of the sum of w^2, >= 0; half of a weight_decay")
-    batch_norm: bool = _option(True, "batch norm in each hidden layer")
-    patience: int = _option(15, "epochs without a better val_loss before it stops, >= 1")
-    normalize: str = _option(
-        "standard", "features by the training split: standard, minmax, robust or none"
-    )
-    seed: int = _option(0, "of the split, the weights, the order and dropout")
-    name: str | None = _option(None, "folder under runs/, replaced if it exists; default: dataset")
-    accelerator: str = _option("auto", "Lightning's: auto, cpu, gpu, ...")
-    devices: int | str = _option(1, "Lightning's: how many, which (0,1), or auto")
-    strategy: str = _option("auto", "Lightning's: auto, ddp, ...")
-    num_nodes: int = _option(1, "machines, under a launcher on each")
-    precision: int | str = _option("32", "Lightning's: 32, 64, 16-mixed, bf16-mixed, ...")
-    threads: int | Literal["auto"] = _option(
-        "auto", "CPU threads; auto is 1 for a small network, faster there, else torch's choice"
-    )
-    compile: bool = _option(False, "run the network through torch.compile")
-    backend: str = _option("auto", "torchref's: auto, reference, compiled or triton")
-    parity: bool = _option(True, "train the torch twin beside it and compare losses")
-
-    @property
-    def folder(self) -> str:
-        """``name``, or the dataset's: ``digits``, or ``csv-`` and the stem of a CSV file."""
-        default = (
-            f"csv-{Path(self.dataset[4:]).stem}" if self.dataset[:4] == "csv:" else self.dataset
-        )
-        folder = default if self.name is None else self.name
-        plain = Path(folder).name == folder and folder not in ("", ".", "..")
-        check_range("name", folder, "a plain folder name", plain)
-        return folder
+FIXED_ON_RESUME = (*NETWORK, *DATA)
 
 
 class Run:
@@ -140,6 +69,10 @@ class Run:
         resume: continue after the last epoch of the run of that name. Epochs, patience and where it
             runs may change; data, network and optimizer may not.
         root: where runs are kept.
+        dataset: what ``config.dataset`` names, where it is loaded already.
+        parts: indices of the training, validation and test parts, instead of a split.
+        callbacks: Lightning's, besides the run's own.
+        progress: whether a bar, or lines, tell how far training is.
 
     Raises:
         ValueError: a value is out of its range, malformed data, or a resumed run differs.
@@ -147,7 +80,17 @@ class Run:
         RuntimeError: the backend or the accelerator cannot run here.
     """
 
-    def __init__(self, config: Config, resume: bool = False, root: str | Path = "runs") -> None:
+    def __init__(
+        self,
+        config: Config,
+        resume: bool = False,
+        root: str | Path = "runs",
+        *,
+        dataset: Dataset | None = None,
+        parts: Sequence[Tensor] | None = None,
+        callbacks: Iterable[Callback] = (),
+        progress: bool = True,
+    ) -> None:
         check_range("epochs", config.epochs, "> 0", config.epochs > 0)
         check_range("seed", config.seed, "in [0, 4294967295]", 0 <= config.seed < 2**32)
         folder = config.folder
@@ -159,28 +102,36 @@ class Run:
         self.path = Path(root) / folder
         self.resume = resume
         torchref.set_backend(config.backend)
-        data = load_dataset(config.dataset)
-        self.data = ClassificationData(
-            data.x, data.y, batch_size=config.batch_size, seed=config.seed
-        )
+        self.dataset = load(config) if dataset is None else dataset
+        self.data = _data_module(config, self.dataset, parts)
         full = config.batch_size == "full"
         _set_threads(config, len(self.data.train) if full else int(config.batch_size))
-        self.model = self._model(data.x.shape[1], data.classes, "torchref")
-        normalize = self.model.normalize
-        if isinstance(normalize, Scaler):
-            normalize.fit(self.data.train.tensors[0])  # of the other splits it sees nothing
+        inputs = _inputs(self.dataset, config)
+        normalize = build_normalizer(config.normalize, inputs)
+        if isinstance(normalize, Fitted):
+            self.data.fit(normalize)  # of the other parts it sees nothing
+        features = normalize(self.data.train.x[:1]).shape[1]
+        self.model = self._model(features, inputs, normalize, "torchref")
         self.parity = None
         if config.parity:
-            twin = self._model(data.x.shape[1], data.classes, "torch")
-            twin.normalize.load_state_dict(normalize.state_dict())
-            self.parity = Parity(twin)
+            self.parity = Parity(self._model(features, inputs, normalize, "torch"))
+        if config.smote:
+            self.data.resample(oversample(self.dataset, config.seed))
+        self.data.augment = build_augment(config.augment, self.dataset, self.data.train)
+        check_range(
+            "augment_picture",
+            config.augment_picture,
+            "--augment and images",
+            not config.augment_picture or bool(config.augment and self.dataset.shape),
+        )
         self.stopping = EarlyStopping("val_loss", patience=config.patience)
         self.history = History()
+        self.opened_before = 0
         if resume:
             self._check_resume()
         seed_everything(config.seed, verbose=False)
         try:
-            self.trainer = self._trainer()
+            self.trainer = self._trainer(callbacks, progress)
         except TypeError as error:  # Lightning's, for devices that are no devices
             raise ValueError(f"devices: {error}") from None
         if str(config.precision) in ("16", "16-mixed") and self.trainer.precision == "bf16-mixed":
@@ -194,10 +145,18 @@ class Run:
         if config.compile:
             self.model.compile_net()
 
-    def _model(self, features: int, classes: list[str], library: str) -> MLPClassifier:
+    def _model(
+        self, features: int, inputs: dict[str, Any], normalize: torch.nn.Module, library: str
+    ) -> MLPClassifier | MLPRegressor:
         seed_everything(self.config.seed, verbose=False)  # the twin starts from the same numbers
         network = {name: getattr(self.config, name) for name in NETWORK}
-        return MLPClassifier(features, classes, **network, library=library)
+        if self.dataset.classes is None:
+            model = MLPRegressor(features, library, inputs=inputs, **network)
+            model.scale.fit(self.data.train.y[:, None])  # pyright: ignore[reportCallIssue]
+        else:
+            model = MLPClassifier(features, self.dataset.classes, library, inputs=inputs, **network)
+        model.normalize.load_state_dict(normalize.state_dict())
+        return model
 
     def _check_resume(self) -> None:
         last = self.path / "last.ckpt"
@@ -214,15 +173,21 @@ class Run:
             done = torch.load(last, map_location="cpu", weights_only=True)["epoch"] + 1
         except Exception:  # a damaged file may raise anything
             raise ValueError(f"resume: {last} is damaged") from None
+        metrics = self.path / "metrics.json"
+        if metrics.exists():
+            self.opened_before = json.loads(metrics.read_text()).get("test_opened", 1)
         epochs = self.config.epochs
         check_range("epochs", epochs, f"more than the {done} done", epochs > done)
 
-    def _trainer(self) -> Trainer:
+    def _trainer(self, more: Iterable[Callback], progress: bool) -> Trainer:
         quiet()
         config = self.config
-        callbacks: list[Callback] = [self.stopping, self.history, RandomState(), EpochProgress()]
+        callbacks: list[Callback] = [self.stopping, self.history, RandomState()]
+        if progress:
+            callbacks.append(EpochProgress())
         if self.parity:
             callbacks.append(self.parity)
+        callbacks += more
         # Saved last in the epoch, so that it holds what the other callbacks know by then.
         last = ModelCheckpoint(
             self.path, "last", save_on_train_epoch_end=True, enable_version_counter=False
@@ -239,16 +204,21 @@ class Run:
             callbacks=[*callbacks, last],
             num_sanity_val_steps=0,
             log_every_n_steps=1,
+            enable_progress_bar=progress,
             enable_model_summary=False,
-            use_distributed_sampler=False,  # ClassificationData has its own
+            use_distributed_sampler=False,  # DataModule has its own
         )
 
-    def execute(self) -> dict[str, Any]:
+    def execute(self, test: bool = True) -> dict[str, Any]:
         """Train and test; return and write the contents of ``metrics.json``.
 
-        ``test_accuracy``, ``test_f1`` (macro), ``best_val_loss``, ``best_epoch`` (from 0),
-        ``epochs`` (how many), ``stop_reason``, ``parity_max_loss_diff`` (null where it is off),
-        ``seconds``, ``seed``, ``versions``.
+        ``test_accuracy`` and ``test_f1`` (macro), or ``test_rmse``, ``test_mae`` and ``test_r2``;
+        ``test_loss``, ``test_opened`` (how often, by this run and what it resumes),
+        ``best_val_loss``, ``best_epoch`` (from 0), ``epochs`` (how many), ``stop_reason``,
+        ``parity_max_loss_diff`` (null where it is off), ``seconds``, ``seed``, ``versions``.
+
+        Args:
+            test: whether the test part is opened; its scores are left out otherwise.
         """
         begin = time.perf_counter()
         self._clear()
@@ -258,11 +228,8 @@ class Run:
         best = None if best_epoch is None else self.stopping.best_score.item()
         if best_epoch is not None:
             self.trainer.save_checkpoint(self.path / "best.ckpt", weights_only=True)
-        self.trainer.test(self.model, datamodule=self.data, verbose=False)
-        test = self.trainer.callback_metrics
         metrics = {
-            "test_accuracy": test["test_accuracy"].item(),
-            "test_f1": test["test_f1"].item(),
+            **(self._test() if test else {}),
             "best_val_loss": best,
             "best_epoch": best_epoch,
             "epochs": len(self.history.rows),
@@ -279,6 +246,13 @@ class Run:
         self._write(metrics)
         return metrics
 
+    def _test(self) -> dict[str, Any]:
+        self.trainer.test(self.model, datamodule=self.data, verbose=False)
+        found = self.trainer.callback_metrics
+        names = [*self.model.test_scores.keys(), "test_loss"]
+        opened = self.opened_before + self.data.test_opened
+        return {**{name: found[name].item() for name in names}, "test_opened": opened}
+
     @rank_zero_only
     def _clear(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -292,8 +266,67 @@ class Run:
         (self.path / "metrics.json").write_text(
             json.dumps(metrics, indent=2, allow_nan=False) + "\n"
         )
+        if self.config.augment_picture:
+            self._draw_augmented()
         picture = self.path / "learning_curves.png"
         plot_learning_curves(self.history.rows, picture, metrics["best_epoch"])
+
+    def _draw_augmented(self) -> None:
+        augment, data = self.data.augment, self.dataset
+        assert augment is not None
+        assert data.shape is not None
+        x: Any = self.data.train.x[:8]
+
+        def of_images(images: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            rows, y = augment(images.flatten(1), y)
+            return rows.reshape(images.shape), y
+
+        images, y = x.unflatten(1, data.shape), self.data.train.y[:8]
+        save_picture(of_images, images, y, self.path / "augmented.png", data.high)
+
+
+def load(config: Config) -> Dataset:
+    """The data set that a configuration names."""
+    return load_dataset(
+        config.dataset,
+        root=config.root,
+        image_size=config.image_size,
+        task=config.task,
+        target=config.target,
+        categories=config.categories or (),
+        drop=config.drop or (),
+        missing=config.missing,
+        group=config.group,
+        time=config.time,
+    )
+
+
+def _data_module(config: Config, dataset: Dataset, parts: Sequence[Tensor] | None) -> DataModule:
+    return DataModule(
+        dataset.x,
+        dataset.y,
+        split=config.split,
+        ratios=config.ratios or "auto",
+        gap=config.gap,
+        groups=dataset.groups,
+        times=dataset.times,
+        test=dataset.test,
+        parts=parts,
+        batch_size=config.batch_size,
+        seed=config.seed,
+    )
+
+
+def _inputs(dataset: Dataset, config: Config) -> dict[str, Any]:
+    """What a model keeps about its samples, in types that a checkpoint may hold."""
+    if dataset.kind == "image":
+        return {"kind": "image", "shape": list(dataset.shape or ()), "high": dataset.high}
+    if dataset.kind == "text":
+        return {"kind": "text"}
+    columns = dataset.columns and [
+        [column.name, column.categories and list(column.categories)] for column in dataset.columns
+    ]
+    return {"kind": "table", "missing": config.missing == "impute", "columns": columns}
 
 
 def _set_threads(config: Config, samples: int) -> None:
@@ -303,22 +336,6 @@ def _set_threads(config: Config, samples: int) -> None:
         torch.set_num_threads(config.threads)
     elif samples * config.width < SMALL_LAYER:
         torch.set_num_threads(1)
-
-
-def options() -> Iterable[Field[Any]]:
-    """The fields of :class:`Config`, whose ``metadata["help"]`` says what each is."""
-    return fields(Config)
-
-
-def versions() -> dict[str, str]:
-    """What a result depends on besides the configuration."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "lightning": metadata.version("lightning"),
-        "torchmetrics": metadata.version("torchmetrics"),
-        "torchref": torchref.__version__,
-    }
 
 
 def quiet() -> None:

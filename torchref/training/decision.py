@@ -1,0 +1,96 @@
+"""What is done with probabilities: a class, or none, and how well that goes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchref.training.checks import check_range
+
+ABSTAIN = -1
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What a threshold makes of some samples; ``accuracy`` is of the decided ones, NaN if none."""
+
+    threshold: float
+    coverage: float
+    """The share of the samples that are decided."""
+    accuracy: float
+
+
+def decide(probabilities: Tensor, threshold: float | Tensor) -> Tensor:
+    """The most probable class of each sample, or -1 where it is not probable enough.
+
+    Args:
+        probabilities: (samples, classes), as ``predict_proba`` gives them.
+        threshold: the least probability that decides, in [0, 1]; one for all classes, or (classes,)
+            for a class that needs more confidence than others.
+
+    Returns:
+        (samples,) int64.
+
+    Raises:
+        ValueError: the threshold is out of its range or has another shape.
+
+    Example:
+        >>> p = torch.tensor([[0.95, 0.05], [0.4, 0.6]])
+        >>> decide(p, 0.9)
+        tensor([ 0, -1])
+        >>> decide(p, torch.tensor([0.99, 0.5]))
+        tensor([-1,  1])
+
+    Source: the course, "Why do we need softmax at inference time?"; Chow, "On optimum recognition
+    error and reject tradeoff", 1970.
+    """
+    limits = torch.as_tensor(threshold, dtype=probabilities.dtype, device=probabilities.device)
+    check_range("threshold", threshold, "in [0, 1]", bool(((limits >= 0) & (limits <= 1)).all()))
+    classes = probabilities.shape[-1]
+    check_range("threshold", threshold, f"one, or {classes}", limits.shape in ((), (classes,)))
+    largest, label = probabilities.max(-1)
+    confident = largest >= limits.expand(classes)[label]  # False for NaN
+    return label.masked_fill(~confident, ABSTAIN)
+
+
+def log_loss(probabilities: Tensor, y: Tensor) -> float:
+    r"""The mean of :math:`-\log \hat{y}_{i, y_i}`: cross-entropy of probabilities.
+
+    A probability below its type's epsilon counts as that, as in scikit-learn's ``log_loss``.
+
+    Args:
+        probabilities: (samples, classes).
+        y: (samples,) int64.
+
+    Example:
+        >>> round(log_loss(torch.tensor([[0.5, 0.5], [0.25, 0.75]]), torch.tensor([0, 1])), 4)
+        0.4904
+
+    Source: the course, "During Evaluation (e.g., Log Loss / Cross-Entropy)".
+    """
+    p = probabilities.gather(-1, y[:, None]).clamp_min(torch.finfo(probabilities.dtype).eps)
+    return -p.log().mean().item()
+
+
+def coverage_curve(
+    probabilities: Tensor, y: Tensor, thresholds: Sequence[float] = (0.0, 0.5, 0.7, 0.9, 0.95, 0.99)
+) -> list[Decisions]:
+    """How many samples each threshold decides, and how many of those rightly.
+
+    Example:
+        >>> p = torch.tensor([[0.95, 0.05], [0.4, 0.6]])
+        >>> for row in coverage_curve(p, torch.tensor([0, 0]), [0.0, 0.9]):
+        ...     print(row)
+        Decisions(threshold=0.0, coverage=1.0, accuracy=0.5)
+        Decisions(threshold=0.9, coverage=0.5, accuracy=1.0)
+
+    Source: El-Yaniv and Wiener, "On the foundations of noise-free selective classification", 2010.
+    """
+    rows = []
+    for threshold in thresholds:
+        labels = decide(probabilities, threshold)
+        decided = labels != ABSTAIN
+        right = (labels == y)[decided].double().mean().item()
+        rows.append(Decisions(threshold, decided.double().mean().item(), right))
+    return rows

@@ -24,7 +24,9 @@ from torchref.training import (
     Run,
     coverage_curve,
     decide,
+    learning_rate_range,
     log_loss,
+    overfit_one_batch,
 )
 from torchref.training.command_line import (
     USER_ERRORS,
@@ -45,6 +47,16 @@ def train_parser() -> OneLineParser:
     )
     add_config(parser)
     parser.add_argument("--resume", action="store_true", help="continue the run of that name")
+    parser.add_argument(
+        "--overfit_batch",
+        action="store_true",
+        help="no run: check that the network learns one batch by heart",
+    )
+    parser.add_argument(
+        "--lr_range",
+        action="store_true",
+        help="no run: draw the loss while the learning rate grows, runs/<name>/lr_range.png",
+    )
     return parser
 
 
@@ -59,6 +71,8 @@ def train(parser: OneLineParser, argv: list[str]) -> None:
         run = Run(to_config(args), resume=args.resume)
     except USER_ERRORS as error:
         parser.error(describe(error))
+    if args.overfit_batch or args.lr_range:
+        parser.exit(0 if probe(run, args.overfit_batch, args.lr_range) else 1)
     try:
         metrics = run.execute()
     except OSError as error:
@@ -71,6 +85,21 @@ def train(parser: OneLineParser, argv: list[str]) -> None:
         summarize(run, metrics)
     if metrics["best_epoch"] is None:
         parser.exit(1, "no usable model: val_loss was never finite\n")
+
+
+def probe(run: Run, batch: bool, rates: bool) -> bool:
+    passed = True
+    if batch:
+        check = overfit_one_batch(run.model, next(iter(run.data.train_dataloader())))
+        print(f"overfit  {check}")
+        passed = check.passed
+    if rates:
+        run.path.mkdir(parents=True, exist_ok=True)
+        picture = run.path / "lr_range.png"
+        suggestion = learning_rate_range(run.model, run.data, picture)[2]
+        found = "the loss never fell" if suggestion is None else f"steepest at {suggestion:.2g}"
+        print(f"rates    {found}; {picture}")
+    return passed
 
 
 def summarize(run: Run, metrics: dict[str, Any]) -> None:

@@ -11,7 +11,17 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # Each layer may import those after it. `data` stands apart.
-LAYERS = ["scripts", "training", "convert", "nn", "optim", "autograd", "dispatch", "triton_kernels"]
+LAYERS = [
+    "scripts",
+    "training",
+    "diagnostics",
+    "convert",
+    "nn",
+    "optim",
+    "autograd",
+    "dispatch",
+    "triton_kernels",
+]
 
 
 def run(*command: str, **kwargs) -> subprocess.CompletedProcess:

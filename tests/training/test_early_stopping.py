@@ -5,7 +5,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
-from torchref.training import EarlyStopping
+from torchref.training import EarlyStopping, RestoreBest
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -37,11 +37,18 @@ class Planted(LightningModule):
 def fit(losses, resume=None, max_epochs=None, path=None, **arguments):
     stopping = EarlyStopping(**arguments)
     model = Planted(losses)
+    trainer = train(model, [stopping], max_epochs or len(losses), resume)
+    if path:
+        trainer.save_checkpoint(path)
+    return stopping, model, trainer
+
+
+def train(model, callbacks, max_epochs, resume=None):
     loader = DataLoader(TensorDataset(torch.zeros(1)))
     trainer = Trainer(
         accelerator="cpu",
-        max_epochs=max_epochs or len(losses),
-        callbacks=[stopping],
+        max_epochs=max_epochs,
+        callbacks=callbacks,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -50,9 +57,7 @@ def fit(losses, resume=None, max_epochs=None, path=None, **arguments):
         log_every_n_steps=1,
     )
     trainer.fit(model, loader, loader, ckpt_path=resume, weights_only=True)
-    if path:
-        trainer.save_checkpoint(path)
-    return stopping, model, trainer
+    return trainer
 
 
 def test_a_planted_optimum_is_found_and_restored():
@@ -117,3 +122,49 @@ def test_a_resumed_run_may_be_more_patient(tmp_path):
 def test_a_wrong_argument_raises(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
         EarlyStopping(**wrong)
+
+
+def test_epochs_before_the_start_neither_count_nor_are_the_best():
+    losses = [0.5, 9.0, 8.0, 3.0, 4.0, 5.0, 6.0]
+    stopping, model, _ = fit(losses, patience=2, start_from_epoch=2)
+    assert stopping.best_epoch == 3
+    assert stopping.stopped_epoch == 5
+    assert model.buffer == 4
+    assert fit(losses, patience=2)[0].best_epoch == 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "scores", "best"),
+    [
+        ("min", [3.0, 1.0, 2.0], 1),
+        ("max", [3.0, 1.0, 2.0], 0),
+        ("min", [math.nan, 2.0, -math.inf, 3.0], 1),
+        ("max", [math.nan, 2.0, math.inf, 1.0], 1),
+    ],
+)
+def test_the_best_weights_come_back_without_stopping(mode, scores, best):
+    callback = RestoreBest(mode=mode)
+    model = Planted(scores)
+    trainer = train(model, [callback], len(scores))
+    assert trainer.current_epoch == len(scores)
+    assert (callback.epoch, callback.score) == (best, scores[best])
+    assert model.buffer == best + 1
+    again = RestoreBest(mode=mode)
+    again.load_state_dict(callback.state_dict())
+    assert (again.epoch, again.score) == (callback.epoch, callback.score)
+
+
+def test_nothing_finite_leaves_the_last_weights():
+    callback, model = RestoreBest(), Planted([math.nan, math.nan])
+    train(model, [callback], 2)
+    assert callback.epoch is None
+    assert model.buffer == 2
+
+
+def test_a_metric_that_nobody_logs_is_named():
+    with pytest.raises(RuntimeError, match="no metric 'val_f1' is logged; there is val_loss"):
+        train(Planted([1.0]), [RestoreBest("val_f1")], 1)
+    with pytest.raises(ValueError, match="mode: expected one of min, max, got 'least'"):
+        RestoreBest(mode="least")
+    with pytest.raises(ValueError, match="start_from_epoch: expected >= 0, got -1"):
+        EarlyStopping(start_from_epoch=-1)

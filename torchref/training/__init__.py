@@ -17,6 +17,7 @@ from torchref.training.decision import coverage_curve as coverage_curve
 from torchref.training.decision import decide as decide
 from torchref.training.decision import log_loss as log_loss
 from torchref.training.early_stopping import EarlyStopping as EarlyStopping
+from torchref.training.early_stopping import RestoreBest as RestoreBest
 from torchref.training.history import History as History
 from torchref.training.history import RandomState as RandomState
 from torchref.training.mlp import build_mlp as build_mlp
@@ -28,4 +29,6 @@ from torchref.training.module import MLPRegressor as MLPRegressor
 from torchref.training.module import Regressor as Regressor
 from torchref.training.module import Supervised as Supervised
 from torchref.training.parity import Parity as Parity
+from torchref.training.probes import learning_rate_range as learning_rate_range
+from torchref.training.probes import overfit_one_batch as overfit_one_batch
 from torchref.training.run import Run as Run

@@ -113,6 +113,7 @@ class Config:
     l2: float = _option(1e-4, "weight of the sum of w^2, >= 0; half of a weight_decay")
     batch_norm: bool = _option(True, "batch norm in each hidden layer")
     patience: int = _option(15, "epochs without a better val_loss before it stops, >= 1")
+    start_from_epoch: int = _option(0, "epochs that neither count nor are the best, >= 0")
     normalize: str = _option(
         "auto",
         "by the training part: standard, minmax, robust, image, none; auto is image for images, "

@@ -1,12 +1,67 @@
-"""Early stopping that keeps what it found."""
+"""Early stopping that keeps what it found, and keeping what was found without it."""
 
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer, callbacks
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from torch import Tensor
 
-from torchref.training.checks import check_range
+from torchref.training.checks import check_choice, check_range
+
+
+class RestoreBest(Callback):
+    """Train to the end, then go back to the weights and buffers that scored best.
+
+    For runs of a fixed length; :class:`EarlyStopping` does it, too. A NaN or infinite metric is
+    never the best. The copy is part of the checkpoint.
+
+    Args:
+        monitor: a logged metric.
+        mode: ``min`` or ``max``.
+
+    Raises:
+        ValueError: ``mode`` is unknown.
+
+    Example:
+        >>> best = RestoreBest("val_accuracy", mode="max")
+        >>> best.epoch is None
+        True
+
+    Source: the course, "Early stopping".
+    """
+
+    def __init__(self, monitor: str = "val_loss", mode: str = "min") -> None:
+        check_choice("mode", mode, ("min", "max"))
+        self.monitor, self.mode = monitor, mode
+        self.score: float | None = None
+        self.epoch: int | None = None
+        self.state: dict[str, Tensor] | None = None
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        if self.monitor not in trainer.callback_metrics:
+            known = ", ".join(trainer.callback_metrics)
+            raise RuntimeError(
+                f"RestoreBest: no metric {self.monitor!r} is logged; there is {known}"
+            )
+        score = float(trainer.callback_metrics[self.monitor])
+        worst = torch.inf if self.mode == "min" else -torch.inf
+        best = worst if self.score is None else self.score
+        if (score < best if self.mode == "min" else score > best) and abs(score) < torch.inf:
+            self.score, self.epoch = score, trainer.current_epoch
+            self.state = copied_state(pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.state is not None:
+            pl_module.load_state_dict(self.state)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"score": self.score, "epoch": self.epoch, "state": self.state}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.score, self.epoch, self.state = (state_dict[k] for k in ("score", "epoch", "state"))
 
 
 class EarlyStopping(callbacks.EarlyStopping):
@@ -22,9 +77,11 @@ class EarlyStopping(callbacks.EarlyStopping):
         patience: validation checks without improvement before it stops, >= 1.
         min_delta: an improvement is larger than this, >= 0.
         mode: ``min`` or ``max``.
+        start_from_epoch: checks before this epoch neither count nor are the best, >= 0; for a
+            warmup, or a metric that is good by chance at first.
 
     Raises:
-        ValueError: ``patience`` or ``min_delta`` is out of its range.
+        ValueError: ``patience``, ``min_delta`` or ``start_from_epoch`` is out of its range.
 
     Example:
         >>> stopping = EarlyStopping("val_loss", patience=5)
@@ -40,22 +97,26 @@ class EarlyStopping(callbacks.EarlyStopping):
         patience: int = 10,
         min_delta: float = 0.0,
         mode: str = "min",
+        start_from_epoch: int = 0,
     ) -> None:
         check_range("patience", patience, ">= 1", patience >= 1)
         check_range("min_delta", min_delta, ">= 0", min_delta >= 0)
+        check_range("start_from_epoch", start_from_epoch, ">= 0", start_from_epoch >= 0)
         # After validation, not at the end of the training epoch: patience then counts checks.
         super().__init__(monitor, min_delta, patience, mode=mode, check_on_train_epoch_end=False)
+        self.start_from_epoch = start_from_epoch
         self.best_epoch: int | None = None
         self.best_state: dict[str, Tensor] | None = None
         self.reason = "not started"
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch < self.start_from_epoch:
+            return
         before = self.best_score
         super().on_validation_end(trainer, pl_module)
         if self.best_score is not before:
             self.best_epoch = trainer.current_epoch
-            state = pl_module.state_dict()
-            self.best_state = {name: value.detach().clone() for name, value in state.items()}
+            self.best_state = copied_state(pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.reason = self._explain(trainer)
@@ -93,3 +154,8 @@ class EarlyStopping(callbacks.EarlyStopping):
         self.stopping_reason = EarlyStoppingReason.NOT_STOPPED
         self.best_epoch = state_dict["best_epoch"]
         self.best_state = state_dict["best_state"]
+
+
+def copied_state(module: torch.nn.Module) -> dict[str, Tensor]:
+    """The weights and buffers as they are now."""
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}

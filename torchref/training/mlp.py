@@ -1,6 +1,7 @@
 """What the hyperparameters build, from torchref's pieces or, as a twin, from torch's."""
 
 from collections.abc import Iterable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -115,10 +116,15 @@ def build_optimizer(
     Raises:
         ValueError: an argument is out of its range.
     """
+    return optimizer_factory(name, lr, library)(params)
+
+
+def optimizer_factory(name: str, lr: float, library: ModuleType = torchref.optim) -> Any:
+    """What makes the optimizer of :func:`build_optimizer` of parameters."""
     check_choice("optimizer", name, OPTIMIZERS)
     check_range("lr", lr, "finite and > 0", 0 < lr < float("inf"))
     kind, arguments = OPTIMIZERS[name]
-    return getattr(library, kind)(params, lr=lr, **arguments)
+    return partial(getattr(library, kind), lr=lr, **arguments)
 
 
 def build_normalizer(name: str = "auto", inputs: dict[str, Any] | None = None) -> torch.nn.Module:

@@ -18,7 +18,7 @@ from torchref.nn.functional import softmax
 from torchref.nn.penalty import weight_penalty
 from torchref.training.checks import check_range
 from torchref.training.decision import decide
-from torchref.training.mlp import LIBRARIES, build_mlp, build_normalizer, build_optimizer
+from torchref.training.mlp import LIBRARIES, build_mlp, build_normalizer, optimizer_factory
 
 Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -304,7 +304,6 @@ class MLPClassifier(Classifier):
         parts = _mlp_parts(features, len(classes), library, **options)
         super().__init__(classes=len(classes), loss=loss, **parts)
         self.save_hyperparameters()
-        self.configure_optimizers()  # a wrong rate or name is an error here, not after the data
 
 
 class MLPRegressor(Regressor):
@@ -323,7 +322,6 @@ class MLPRegressor(Regressor):
         parts = _mlp_parts(features, 1, library, **options)
         super().__init__(loss=LIBRARIES[library][0].MSELoss(), scale=Standard(), **parts)
         self.save_hyperparameters()
-        self.configure_optimizers()
 
 
 def _mlp_parts(
@@ -343,7 +341,7 @@ def _mlp_parts(
     return {
         "net": build_mlp(features, outputs, library=layers, **network),
         "normalize": build_normalizer(normalize, inputs),
-        "optimizer": partial(build_optimizer, optimizer, lr=lr, library=optimizers),
+        "optimizer": optimizer_factory(optimizer, lr, optimizers),
         "l1": l1,
         "l2": l2,
     }

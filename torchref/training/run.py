@@ -124,7 +124,9 @@ class Run:
             "--augment and images",
             not config.augment_picture or bool(config.augment and self.dataset.shape),
         )
-        self.stopping = EarlyStopping("val_loss", patience=config.patience)
+        self.stopping = EarlyStopping(
+            "val_loss", patience=config.patience, start_from_epoch=config.start_from_epoch
+        )
         self.history = History()
         self.opened_before = 0
         if resume:

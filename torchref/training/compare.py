@@ -1,0 +1,100 @@
+"""Finished runs side by side: what differed, and what came of it."""
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+COLORS = ("#1f77b4", "#d95f02", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run's folder as it was read."""
+
+    name: str
+    config: dict[str, Any]
+    metrics: dict[str, Any]
+    rows: list[dict[str, float]]
+
+
+def read_run(path: str | Path) -> Finished:
+    """Read what a run of ``scripts/train.py`` left.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or the run did not finish.
+        ValueError: a file is damaged; the message names it.
+    """
+    path = Path(path)
+    for name in ("config.yaml", "metrics.json", "metrics.csv"):
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"{path}: no finished run ({name} is missing)")
+    try:
+        config = yaml.safe_load((path / "config.yaml").read_text())
+        metrics = json.loads((path / "metrics.json").read_text())
+        with open(path / "metrics.csv", newline="") as file:
+            rows = [{k: float(v) for k, v in r.items() if v} for r in csv.DictReader(file)]
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: damaged: {' '.join(str(error).split())}") from None
+    if not isinstance(config, dict) or not isinstance(metrics, dict):
+        raise ValueError(f"{path}: damaged: expected mappings in config.yaml and metrics.json")
+    return Finished(path.name, config, metrics, _by_epoch(rows))
+
+
+def compare(runs: Sequence[Finished]) -> list[list[str]]:
+    """A table: a row for each option that differs and each result, a column for each run.
+
+    Example:
+        >>> a = Finished("a", {"lr": 0.1, "width": 8}, {"test_accuracy": 0.9, "seed": 0}, [])
+        >>> b = Finished("b", {"lr": 0.2, "width": 8}, {"test_accuracy": 0.8, "seed": 0}, [])
+        >>> compare([a, b])
+        [['', 'a', 'b'], ['lr', '0.1', '0.2'], ['test_accuracy', '0.9', '0.8']]
+    """
+    names = dict.fromkeys(name for run in runs for name in run.config if name != "name")
+    options = [[name, *(run.config.get(name) for run in runs)] for name in names]
+    differing = [row for row in options if any(value != row[1] for value in row[2:])]
+    skipped = ("versions", "seed", "test_opened")
+    names = dict.fromkeys(name for run in runs for name in run.metrics if name not in skipped)
+    results = [[name, *(run.metrics.get(name) for run in runs)] for name in names]
+    table = [["", *(run.name for run in runs)], *differing, *results]
+    return [[_shown(cell) for cell in row] for row in table]
+
+
+def plot_runs(runs: Sequence[Finished], path: str | Path) -> None:
+    """Draw validation loss against the epoch, a line for each run, training loss dotted."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)  # no pyplot: it would pick a screen and keep the figure
+    axes = figure.subplots()
+    for i, run in enumerate(runs):
+        color = COLORS[i % len(COLORS)]
+        for part, style in (("val", "-"), ("train", ":")):
+            points = [(r["epoch"], r[f"{part}_loss"]) for r in run.rows if f"{part}_loss" in r]
+            label = run.name if part == "val" else None
+            axes.plot(*zip(*points, strict=True), style, color=color, label=label)
+    axes.set_xlabel("epoch")
+    axes.set_title("validation loss (training loss dotted)")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def _by_epoch(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The logger writes training and validation metrics of an epoch in lines of their own."""
+    epochs: dict[float, dict[str, float]] = {}
+    for row in rows:
+        if "epoch" in row:
+            epochs.setdefault(row["epoch"], {}).update(row)
+    return [row for row in epochs.values() if "val_loss" in row]
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(value)

@@ -11,6 +11,7 @@ except ModuleNotFoundError as error:
 from torchref.training.config import Config as Config
 from torchref.training.convert import ConvertCallback as ConvertCallback
 from torchref.training.convert import SyncBatchNormPlugin as SyncBatchNormPlugin
+from torchref.training.cross_validate import CrossValidation as CrossValidation
 from torchref.training.curves import plot_learning_curves as plot_learning_curves
 from torchref.training.data_module import DataModule as DataModule
 from torchref.training.decision import coverage_curve as coverage_curve

@@ -384,3 +384,31 @@ def test_a_diverged_run_is_no_success(here, capsys):
     metrics = json.loads(text, parse_constant=lambda c: pytest.fail(f"{c} is no JSON"))
     assert metrics["best_val_loss"] is None
     assert not (here / "runs" / "nan" / "best.ckpt").exists()
+
+
+def test_checks_before_a_run(here, capsys):
+    small = ("--data", "iris", "--accelerator", "cpu", "--width", "32")
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*small, "--overfit_batch", "--lr_range"])
+    assert stopped.value.code == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("overfit  passed: one batch, ")
+    assert second.startswith("rates    steepest at ")
+    assert [path.name for path in (here / "runs" / "iris").iterdir()] == ["lr_range.png"]
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*small, "--overfit_batch", "--init", "zeros"])
+    assert stopped.value.code == 1
+    assert "overfit  FAILED" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_with_their_own_random_numbers(tmp_path):
+    """Changes to texts draw as often as the text asks for, so the states of processes part."""
+    flags = ("--data", "reviews", "--augment.replace", "0.3", "--augment.swap", "0.3")
+    flags = (*flags, "--devices", "2", "--strategy", "ddp", "--accelerator", "cpu")
+    for name, epochs in (("whole", 3), ("parts", 1)):
+        run_script(tmp_path, *flags, "--name", name, "--epochs", str(epochs))
+    run_script(tmp_path, *flags, "--name", "parts", "--epochs", "3", "--resume")
+    rows = [(tmp_path / "runs" / name / "metrics.csv").read_text() for name in ("whole", "parts")]
+    losses = [[r["val_loss"] for r in csv.DictReader(text.splitlines())] for text in rows]
+    assert losses[0] == losses[1]

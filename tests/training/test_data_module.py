@@ -173,6 +173,24 @@ def test_only_training_batches_are_changed():
     assert data.on_after_batch_transfer(batch, 0) is batch
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"groups": torch.zeros(3)}, "`groups` of as many samples as `x`, 100, got 3"),
+        ({"times": torch.zeros(3)}, "`times` of as many samples as `x`, 100, got 3"),
+        ({"parts": [torch.arange(3)] * 3}, "parts: expected each sample in one part at most"),
+        ({"parts": [torch.arange(3), torch.arange(0), torch.arange(3, 5)]}, "one of the others"),
+        ({"parts": [torch.tensor([0]), torch.tensor([1]), torch.tensor([2])]}, "two training samp"),
+        ({"parts": [torch.arange(3)] * 2}, "three parts"),
+        ({"test": torch.arange(9), "ratios": (0, 0, 1)}, "ratios: expected positive numbers"),
+        ({"test": torch.arange(9), "ratios": (0.7, 0.1, 9)}, "ratios: expected positive numbers"),
+    ],
+)
+def test_what_does_not_fit_raises(options, message):
+    with pytest.raises(ValueError, match=message):
+        DataModule(COUNT, torch.arange(100) % 2, **options)
+
+
 def test_targets_that_are_too_few_raise():
-    with pytest.raises(ValueError, match="as many targets as samples, got 3"):
+    with pytest.raises(ValueError, match="`y` of as many samples as `x`, 100, got 3"):
         DataModule(COUNT, torch.zeros(3))

@@ -322,6 +322,8 @@ def test_confusing_augmentation_is_mentioned(tmp_path):
         ({"dataset": "diabetes", "split": "stratified"}, "split: expected random, for values"),
         ({"ratios": [0.5, 0.5]}, "ratios: expected three parts"),
         ({"ratios": [0.5, 0.2, 0.2]}, "with sum 1"),
+        ({"ratios": [-1, 1, 1]}, "ratios: expected positive numbers with sum 1"),
+        ({"dataset": "diabetes", "augment": {"shuffle": 0.1}}, "expected integer labels"),
         ({"gap": 3}, "gap: expected 0 but for a chronological split, got 3"),
     ],
 )
@@ -340,10 +342,102 @@ def test_resume_with_other_data(tmp_path):
 def test_without_the_test_part(tmp_path):
     made = Run(IRIS, root=tmp_path)
     metrics = made.execute(test=False)
-    assert made.data.test_opened == 0
-    assert not [name for name in metrics if name.startswith("test")]
+    assert made.data.test_opened == metrics["test_opened"] == 0
+    assert not [n for n in metrics if n.startswith("test_") and n != "test_opened"]
+    _, metrics = run(tmp_path, replace(IRIS, epochs=7), resume=True)
+    assert metrics["test_opened"] == 1  # the first opening, whatever ran before
 
 
 def test_an_unknown_scaler_is_named(tmp_path):
     with pytest.raises(ValueError, match="normalize: expected one of auto, standard, minmax, r"):
         Run(replace(IRIS, normalize="z"), root=tmp_path)
+
+
+def test_other_data_under_the_same_name_are_not_resumed(tmp_path):
+    path = tmp_path / "a.csv"
+    rows = [f"{i % 7},{i % 5},{'p' if i % 2 else 'q'}" for i in range(60)]
+    config = replace(IRIS, dataset=f"csv:{path}", epochs=1)
+    path.write_text("\n".join(["f,g,y", *rows]))
+    run(tmp_path, config)
+    changes = {
+        "a class": "\n".join(["f,g,y", *rows]).replace("p", "z"),
+        "a column": "\n".join(["g,f,y", *rows]),
+        "rows": "\n".join(["f,g,y", *rows, *rows]),
+        "a number": "\n".join(["f,g,y", "9,9,p", *rows[1:]]),
+    }
+    for text in changes.values():
+        path.write_text(text)
+        with pytest.raises(ValueError, match="resume: the samples, targets or names of csv:.* are"):
+            Run(replace(config, epochs=2), resume=True, root=tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[]", '{"test_opened": null}', '{"test_op'])
+def test_damaged_metrics_are_named(tmp_path, text):
+    run(tmp_path, replace(IRIS, epochs=1))
+    (tmp_path / "iris" / "metrics.json").write_text(text)
+    with pytest.raises(ValueError, match=r"resume: .*metrics.json is damaged"):
+        Run(IRIS, resume=True, root=tmp_path)
+
+
+@pytest.mark.parametrize("precision", ["64", "16-true"])
+@pytest.mark.parametrize("dataset", ["iris", "diabetes", "reviews"])
+def test_a_model_of_another_precision_predicts(tmp_path, precision, dataset):
+    config = replace(IRIS, dataset=dataset, precision=precision, epochs=2, batch_norm=False)
+    made, metrics = run(tmp_path, config)
+    model = MLPRegressor if dataset == "diabetes" else MLPClassifier
+    again = model.load_from_checkpoint(tmp_path / dataset / "best.ckpt", weights_only=True)
+    x = made.dataset.x[:4]
+    torch.testing.assert_close(
+        again.predict(x).double(), made.model.predict(x).double(), rtol=2e-2, atol=2e-2
+    )
+    if dataset == "diabetes":
+        assert 10 < metrics["test_rmse"] < 1000
+
+
+def test_r2_of_targets_far_from_0(tmp_path):
+    """A price of 1.7 million, give or take 4: sums of squares in float32 would cancel."""
+    x = torch.arange(200) % 10
+    noise = (torch.arange(200) * 7 % 11 - 5) / 5
+    rows = [
+        f"{a},{1_700_000 + 4 * a + b:.2f}" for a, b in zip(x.tolist(), noise.tolist(), strict=True)
+    ]
+    (tmp_path / "a.csv").write_text("\n".join(rows))
+    made, metrics = run(tmp_path, replace(IRIS, dataset=f"csv:{tmp_path}/a.csv", epochs=40))
+    predicted, y = made.model.predict(made.data.test.x).double(), made.data.test.y.double()
+    expected = 1 - (predicted - y).square().sum() / (y - y.mean()).square().sum()
+    assert metrics["test_r2"] == pytest.approx(expected.item(), abs=0.02)
+    assert metrics["test_r2"] < 1
+
+
+def test_a_part_of_one_sample_has_no_r2(tmp_path):
+    (tmp_path / "a.csv").write_text("\n".join(f"{i},{i / 2}" for i in range(6)))
+    _, metrics = run(tmp_path, replace(IRIS, dataset=f"csv:{tmp_path}/a.csv", epochs=2))
+    assert metrics["test_r2"] is None
+    assert metrics["test_rmse"] >= 0
+
+
+def test_columns_of_groups_and_times_decide_the_split(tmp_path):
+    rows = [f"{i % 7},{i % 13},{60 - i},{'pq'[i % 2]}" for i in range(60)]
+    (tmp_path / "a.csv").write_text("\n".join(["f,patient,day,y", *rows]))
+    config = replace(IRIS, dataset=f"csv:{tmp_path}/a.csv")
+    made = Run(replace(config, group="patient"), root=tmp_path)
+    of = [set(made.dataset.groups[part].tolist()) for part in made.data.parts]
+    assert sum(map(len, of)) == 13
+    made = Run(replace(config, time="day"), root=tmp_path)
+    train, val, test = (made.dataset.times[part] for part in made.data.parts)
+    assert train.max() < val.min()
+    assert val.max() < test.min()
+    for change, message in (
+        ({"split": "random", "group": "patient"}, "split: expected grouped, by the column"),
+        ({"group": "patient", "time": "day"}, "split: expected grouped or chronological"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Run(replace(config, **change), root=tmp_path)
+
+
+def test_threads_are_for_a_run_not_for_good(tmp_path):
+    count = torch.get_num_threads()
+    Run(IRIS, root=tmp_path)
+    assert torch.get_num_threads() == 1
+    Run(replace(DIGITS, width=2048), root=tmp_path)
+    assert torch.get_num_threads() >= min(count, 2)

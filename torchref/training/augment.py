@@ -37,16 +37,23 @@ def build_augment(
             warnings.warn(
                 f"augment: {name} may confuse the model: {dataset.confusing[name]}", stacklevel=2
             )
+    settings: dict[str, Any] = dict(options)  # what is no number is not among them
     if dataset.kind == "text":
-        settings: dict[str, Any] = dict(options)  # what is no number is not among them
-        return text.TextAugment(**settings)
-    if dataset.kind == "table":
-        return _of_tables(options, dataset, train)
-    return _of_images(options, dataset)
+        change: Change = text.TextAugment(**settings)
+    elif dataset.kind == "table":
+        change = _of_tables(options, dataset, train)
+    else:
+        change = _of_images(options, dataset)
+    with torch.random.fork_rng():  # what cannot be done is an error now, not in the first batch
+        first: Any = train.x[:2]
+        change(first, train.y[:2])
+    return change
 
 
 def oversample(dataset: Dataset, seed: int) -> Change:
     """SMOTE in units of each feature's deviation, as distances need; the rows come back as were.
+
+    Neighbors are five, or what a smaller class has.
 
     Raises:
         ValueError: the samples are not classes of complete rows of numbers.
@@ -60,7 +67,9 @@ def oversample(dataset: Dataset, seed: int) -> Change:
 
     def change(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         scale = Standard().fit(x)
-        filled, labels = tabular.smote(scale(x), y, seed=seed)
+        counts = y.bincount()
+        neighbors = max(min(5, int(counts[counts > 0].min()) - 1), 1)
+        filled, labels = tabular.smote(scale(x), y, neighbors=neighbors, seed=seed)
         return torch.cat([x, scale.inverse(filled[len(x) :])]), labels
 
     return change

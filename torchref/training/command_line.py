@@ -9,6 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from torchref.training.config import DATA, NETWORK, Config, options
 
+LISTS = ("categories", "drop", "ratios")
 USER_ERRORS = (ValueError, OSError, RuntimeError, ImportError, MisconfigurationException)
 
 
@@ -45,6 +46,9 @@ def add_config(parser: ArgumentParser) -> None:
 
 
 def to_config(args: Any) -> Config:
+    for option in options():
+        if args[option.name] is None and option.default is not None:  # as YAML may have it
+            raise ValueError(f"{option.name}: expected a value, got null")
     return Config(**{option.name: args[option.name] for option in options()})
 
 
@@ -61,4 +65,6 @@ def _one_line(message: str) -> str:
         types = re.findall(r"Expected an? (.+?)(?:\. Got value.*)?$", message, re.MULTILINE)
         expected = " or ".join(re.sub(r"<class '(\w+)'>|typing\.Literal", r"\1", t) for t in types)
         return f"{key[1]}: expected {expected}, got {value[1]!r}"
+    if "object does not support item assignment" in message or "object is not iter" in message:
+        return f"config: expected a list, such as [a, b], for {', '.join(LISTS)}: {message}"
     return " ".join(message.split())

@@ -80,7 +80,7 @@ def plot_runs(runs: Sequence[Finished], path: str | Path) -> None:
             axes.plot(*zip(*points, strict=True), style, color=color, label=label)
     axes.set_xlabel("epoch")
     axes.set_title("validation loss (training loss dotted)")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True)  # pyright: ignore[reportCallIssue]
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

@@ -134,6 +134,13 @@ class Config:
     parity: bool = _option(True, "train the torch twin beside it and compare losses")
 
     @property
+    def resolved_split(self) -> str:
+        """``split``, or what a column of groups or times makes of ``auto``."""
+        if self.split != "auto" or not (self.group or self.time):
+            return self.split
+        return "grouped" if self.group else "chronological"
+
+    @property
     def folder(self) -> str:
         """``name``, or the dataset's: ``digits``, or ``csv-table`` for ``csv:folder/table.csv``."""
         source, colon, rest = self.dataset.partition(":")

@@ -273,7 +273,8 @@ def is_score(name: str) -> bool:
 def _for_folds(config: Config, method: str) -> Config:
     """With the split that goes with the method: the test part is to come after folds in time."""
     check_choice("method", method, ("auto", *kfold.METHODS))
-    split = SPLIT_OF.get(method, "auto") if config.split == "auto" else config.split
+    split = config.resolved_split
+    split = SPLIT_OF.get(method, "auto") if split == "auto" else split
     others = ("plain", "stratified")
     fitting = (METHOD_OF[split],) if split in SPLIT_OF.values() else others
     check_choice(f"method, for split {split}", method, ("auto", *fitting))

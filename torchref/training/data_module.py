@@ -59,7 +59,7 @@ class DataModule(LightningDataModule):
         x: (samples, ...), or a list of texts.
         y: (samples,) labels, or values, which are floating point.
         split: ``stratified`` by ``y``, ``random``, ``chronological``, ``grouped``, or ``auto``:
-            stratified, or random where ``y`` holds values.
+            as ``groups`` or ``times`` say, else stratified, or random where ``y`` holds values.
         ratios: shares of the training, validation and test parts, or ``auto``: by the number of
             samples, see :func:`torchref.data.ratios_for`.
         gap: samples left out at each border of a chronological split.
@@ -106,26 +106,33 @@ class DataModule(LightningDataModule):
         check_range(
             "batch_size", batch_size, ">= 1 or 'full'", batch_size == "full" or batch_size >= 1
         )
-        check_choice("split", split, SPLITS)
-        if split == "auto":
-            split = "random" if y.is_floating_point() else "stratified"
+        split = _resolved(split, y, groups, times)
         check_range("gap", gap, "0 but for a chronological split", not gap or split[0] == "c")
-        if len(x) != len(y):
-            raise ValueError(f"DataModule: expected as many targets as samples, got {len(y)}")
+        for name, value in (("y", y), ("groups", groups), ("times", times)):
+            if value is not None and len(value) != len(x):
+                raise ValueError(
+                    f"DataModule: expected `{name}` of as many samples as `x`, {len(x)}, got "
+                    f"{len(value)}"
+                )
         if parts is None:
             rest, held = _hold_out(len(y), test)
             ratios = _three(ratios_for(len(y)) if ratios == "auto" else ratios)
+            whole = min(ratios) > 0 and abs(sum(ratios) - 1) < 1e-6
+            check_range("ratios", ratios, "positive numbers with sum 1", whole)
             shares = ratios if held is None else _without_test(ratios)
             keys = [None if key is None else key[rest] for key in (groups, times)]
             parts = [rest[p] for p in _share_out(split, shares, gap, seed, y[rest], *keys)]
             parts += [] if held is None else [held]
         self.parts = _three(parts)
+        _check_parts(self.parts)
         self.train, self.val, self.test = (Samples(_rows(x, p), y[p]) for p in self.parts)
         self.batch_size = batch_size
         self.augment = augment
         self.reopen_test = reopen_test
         self.seed = seed
         self.test_opened = 0
+        self.fingerprint: str | None = None
+        """Of the data, where it is known: a resumed run compares it."""
 
     def fit(self, statistics: Fitted) -> Fitted:
         """Fit a scaler, or whatever has a ``fit``, on the training part and return it."""
@@ -134,6 +141,9 @@ class DataModule(LightningDataModule):
     def resample(self, change: Change) -> None:
         """Replace the training part by ``change(x, y)`` of it, as :func:`torchref.data.smote`."""
         self.train = Samples(*change(self.train.x, self.train.y))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"fingerprint": self.fingerprint}
 
     def train_dataloader(self) -> DataLoader:
         world_size = self.trainer.world_size if self.trainer else 1
@@ -159,6 +169,27 @@ class DataModule(LightningDataModule):
         if self.augment is None or self.trainer is None or not self.trainer.training:
             return batch
         return self.augment(*batch)
+
+
+def _resolved(split: str, y: Tensor, groups: Tensor | None, times: Tensor | None) -> str:
+    """The split that is meant: patients or times are not given to be left unused."""
+    check_choice("split", split, SPLITS)
+    both = groups is not None and times is not None
+    check_range("split", split, "grouped or chronological, of `groups` and `times`", not both)
+    meant = "grouped" if groups is not None else "chronological" if times is not None else None
+    if split == "auto":
+        return meant or ("random" if y.is_floating_point() else "stratified")
+    check_range("split", split, f"{meant}, by the column that is given", meant in (None, split))
+    return split
+
+
+def _check_parts(parts: Sequence[Tensor]) -> None:
+    sizes = [len(part) for part in parts]
+    check_range("parts", sizes, "two training samples and one of the others", min(sizes) >= 1)
+    check_range("parts", sizes, "two training samples or more", sizes[0] >= 2)
+    together = torch.cat(list(parts))
+    alone = len(together.unique()) == len(together)
+    check_range("parts", sizes, "each sample in one part at most", alone)
 
 
 def _rows(x: Tensor | Texts, index: Tensor) -> Any:

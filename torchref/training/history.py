@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import distributed
 
 
 class History(Callback):
@@ -42,14 +43,25 @@ class RandomState(Callback):
     """Put torch's random generators back where the checkpoint left them.
 
     With it, and an order of samples that depends on seed and epoch alone, a run resumed at the end
-    of an epoch draws the dropout masks that the uninterrupted run drew.
+    of an epoch draws the dropout masks and augmentations that the uninterrupted run drew. Of
+    several processes each has a state of its own; a run that goes on with another number of them
+    begins anew from the first one's.
     """
 
     def state_dict(self) -> dict[str, Any]:
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-        return {"cpu": torch.get_rng_state(), "cuda": cuda}
+        own = {"cpu": torch.get_rng_state(), "cuda": cuda}
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return {"processes": [own]}
+        states: list[Any] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(states, own)  # every process makes a checkpoint, one saves it
+        return {"processes": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        torch.set_rng_state(state_dict["cpu"].cpu())
-        if len(state_dict["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all([state.cpu() for state in state_dict["cuda"]])
+        states = state_dict["processes"]
+        several = distributed.is_available() and distributed.is_initialized()
+        same = several and len(states) == distributed.get_world_size()
+        state = states[distributed.get_rank() if same else 0]
+        torch.set_rng_state(state["cpu"].cpu())
+        if len(state["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all([state.cpu() for state in state["cuda"]])

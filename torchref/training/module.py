@@ -90,7 +90,10 @@ class Supervised(LightningModule):
 
     def forward(self, x: Any) -> Tensor:
         net = self._compiled[0] if self._compiled else self.net
-        return net(self.normalize(x))
+        z = self.normalize(x)
+        if z.is_floating_point():  # after training in another precision buffers may be of another
+            z = z.to(next(self.net.parameters(), z).dtype)
+        return net(z)
 
     def cost(self, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of a batch, without penalties, and the outputs."""
@@ -246,11 +249,7 @@ class Regressor(Supervised):
         **options: Any,
     ) -> None:
         scores = MetricCollection(
-            {
-                "rmse": MeanSquaredError(squared=False),
-                "mae": MeanAbsoluteError(),
-                "r2": R2Score(),
-            },
+            {"rmse": MeanSquaredError(squared=False), "mae": MeanAbsoluteError(), "r2": _R2()},
             compute_groups=False,  # of metrics that share no state
         )
         super().__init__(net, loss or torchref.nn.MSELoss(), scores, **options)
@@ -261,10 +260,21 @@ class Regressor(Supervised):
 
     def cost(self, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
         output = self(x)
-        return self.loss(output, self.scale(y[:, None])[:, 0]), output
+        return self.loss(output, self._scaled(y)), output
 
     def _update(self, scores: Any, output: Tensor, y: Tensor) -> None:
-        scores.update(self._in_units(output.detach()), y)
+        if opmath(y) is not y:  # Lightning made the sums half, too, where squares are infinite
+            scores.set_dtype(torch.float32)
+        output, y = opmath(output.detach()), opmath(y)
+        in_units = (self._in_units(output), y)
+        if not isinstance(scores, MetricCollection):
+            return scores.update(*in_units)
+        for name, metric in scores.items(keep_base=True, copy_state=False):
+            # R2 is the same of scaled values, whose sums of squares do not cancel
+            metric.update(*((output, self._scaled(y)) if name == "r2" else in_units))
+
+    def _scaled(self, y: Tensor) -> Tensor:
+        return self.scale(y[:, None])[:, 0]
 
     def _in_units(self, output: Tensor) -> Tensor:
         if isinstance(self.scale, Standard):
@@ -277,6 +287,15 @@ class Regressor(Supervised):
     def predict(self, x: Any) -> Tensor:
         """The value of each sample, (samples,), in evaluation mode."""
         return self._in_units(self._evaluate(x))
+
+
+class _R2(R2Score):
+    """NaN where a single sample has no variance to explain."""
+
+    def compute(self) -> Tensor:
+        if self.total < 2:
+            return torch.full_like(self.residual, torch.nan).squeeze()
+        return super().compute()
 
 
 class MLPClassifier(Classifier):

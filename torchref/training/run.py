@@ -30,6 +30,7 @@ from torchref.training.convert import SyncBatchNormPlugin
 from torchref.training.curves import plot_learning_curves
 from torchref.training.data_module import DataModule
 from torchref.training.early_stopping import EarlyStopping
+from torchref.training.gradient_flow import GradientFlowCallback
 from torchref.training.history import History, RandomState
 from torchref.training.mlp import build_normalizer
 from torchref.training.module import MLPClassifier, MLPRegressor
@@ -45,22 +46,24 @@ FILES = (
     "metrics.csv",
     "learning_curves.png",
     "augmented.png",
+    "report.html",
 )
 SMALL_LAYER = 2**16  # elements of an activation
+THREADS = torch.get_num_threads()  # before a run changes them
 FIXED_ON_RESUME = (*NETWORK, *DATA)
 
 
 class Run:
     """Train, restore the best weights, open the test set once, and write ``root/<name>/``.
 
-    ======================  ==================================================================
+    ======================= ==================================================================
     ``best.ckpt``           the best weights, the normalizer and the hyperparameters
     ``last.ckpt``           the last epoch with optimizer and callbacks, for ``resume``
     ``metrics.json``        what :meth:`execute` returns
     ``metrics.csv``         each epoch's metrics, by Lightning's CSVLogger
     ``learning_curves.png`` the same as a picture
     ``config.yaml``         the configuration, usable as ``--config``
-    ======================  ==================================================================
+    ======================= ==================================================================
 
     A new run replaces these files of an older run of the same name, and nothing else in the folder.
 
@@ -104,6 +107,7 @@ class Run:
         torchref.set_backend(config.backend)
         self.dataset = load(config) if dataset is None else dataset
         self.data = _data_module(config, self.dataset, parts)
+        self.data.fingerprint = self.dataset.fingerprint()
         full = config.batch_size == "full"
         _set_threads(config, len(self.data.train) if full else int(config.batch_size))
         inputs = _inputs(self.dataset, config)
@@ -128,6 +132,7 @@ class Run:
             "val_loss", patience=config.patience, start_from_epoch=config.start_from_epoch
         )
         self.history = History()
+        self.gradients = GradientFlowCallback()
         self.opened_before = 0
         if resume:
             self._check_resume()
@@ -144,6 +149,9 @@ class Run:
                 f"devices: the launcher started {launched} processes, `devices` and `num_nodes` "
                 f"say {joined}"
             )
+        share = math.ceil(len(self.data.train) / joined)
+        enough = share > 1 or config.batch_size == 1
+        check_range("devices", joined, "two training samples for each process", enough)
         if config.compile:
             self.model.compile_net()
 
@@ -172,19 +180,23 @@ class Run:
                     f"resume: {name} was {was!r} in {self.path}, got {getattr(self.config, name)!r}"
                 )
         try:
-            done = torch.load(last, map_location="cpu", weights_only=True)["epoch"] + 1
+            saved = torch.load(last, map_location="cpu", weights_only=True)
+            done, data = saved["epoch"] + 1, saved[type(self.data).__qualname__]["fingerprint"]
         except Exception:  # a damaged file may raise anything
             raise ValueError(f"resume: {last} is damaged") from None
-        metrics = self.path / "metrics.json"
-        if metrics.exists():
-            self.opened_before = json.loads(metrics.read_text()).get("test_opened", 1)
+        if data != self.data.fingerprint:
+            raise ValueError(
+                f"resume: the samples, targets or names of {self.config.dataset} are other than "
+                f"those of {self.path} (fingerprint {data}, now {self.data.fingerprint})"
+            )
+        self.opened_before = _opened(self.path / "metrics.json")
         epochs = self.config.epochs
         check_range("epochs", epochs, f"more than the {done} done", epochs > done)
 
     def _trainer(self, more: Iterable[Callback], progress: bool) -> Trainer:
         quiet()
         config = self.config
-        callbacks: list[Callback] = [self.stopping, self.history, RandomState()]
+        callbacks: list[Callback] = [self.stopping, self.history, self.gradients, RandomState()]
         if progress:
             callbacks.append(EpochProgress())
         if self.parity:
@@ -232,6 +244,7 @@ class Run:
             self.trainer.save_checkpoint(self.path / "best.ckpt", weights_only=True)
         metrics = {
             **(self._test() if test else {}),
+            "test_opened": self.opened_before + self.data.test_opened,
             "best_val_loss": best,
             "best_epoch": best_epoch,
             "epochs": len(self.history.rows),
@@ -251,9 +264,8 @@ class Run:
     def _test(self) -> dict[str, Any]:
         self.trainer.test(self.model, datamodule=self.data, verbose=False)
         found = self.trainer.callback_metrics
-        names = [*self.model.test_scores.keys(), "test_loss"]
-        opened = self.opened_before + self.data.test_opened
-        return {**{name: found[name].item() for name in names}, "test_opened": opened}
+        names = [*map(str, self.model.test_scores.keys()), "test_loss"]
+        return {name: found[name].item() for name in names}
 
     @rank_zero_only
     def _clear(self) -> None:
@@ -331,6 +343,16 @@ def _inputs(dataset: Dataset, config: Config) -> dict[str, Any]:
     return {"kind": "table", "missing": config.missing == "impute", "columns": columns}
 
 
+def _opened(metrics: Path) -> int:
+    """How often a run has opened its test part."""
+    if not metrics.exists():
+        return 0
+    try:
+        return int(json.loads(metrics.read_text())["test_opened"])
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"resume: {metrics} is damaged") from None
+
+
 def _set_threads(config: Config, samples: int) -> None:
     """Threads wait for each other longer than they compute where a layer's output is small."""
     if config.threads != "auto":
@@ -338,6 +360,8 @@ def _set_threads(config: Config, samples: int) -> None:
         torch.set_num_threads(config.threads)
     elif samples * config.width < SMALL_LAYER:
         torch.set_num_threads(1)
+    else:
+        torch.set_num_threads(THREADS)
 
 
 def quiet() -> None:

@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 
 from torchref.data import read_features, read_texts
-from torchref.data.table import Column, read_table
+from torchref.data.table import Column, is_number, read_table
+from torchref.diagnostics import diagnose_size, majority_error, plot_size_curve
 from torchref.training import (
     MLPClassifier,
     MLPRegressor,
     Run,
     coverage_curve,
     decide,
+    learning_curve_over_size,
     learning_rate_range,
     log_loss,
     overfit_one_batch,
@@ -35,6 +37,7 @@ from torchref.training.command_line import (
     describe,
     to_config,
 )
+from torchref.training.report import write_report
 
 UNSHOWN = ("test_loss", "test_opened")
 
@@ -57,6 +60,11 @@ def train_parser() -> OneLineParser:
         action="store_true",
         help="no run: draw the loss while the learning rate grows, runs/<name>/lr_range.png",
     )
+    parser.add_argument(
+        "--size_curve",
+        action="store_true",
+        help="no run: errors over growing shares of the training part, runs/<name>-size/",
+    )
     return parser
 
 
@@ -71,8 +79,8 @@ def train(parser: OneLineParser, argv: list[str]) -> None:
         run = Run(to_config(args), resume=args.resume)
     except USER_ERRORS as error:
         parser.error(describe(error))
-    if args.overfit_batch or args.lr_range:
-        parser.exit(0 if probe(run, args.overfit_batch, args.lr_range) else 1)
+    if args.overfit_batch or args.lr_range or args.size_curve:
+        parser.exit(0 if probe(run, args) else 1)
     try:
         metrics = run.execute()
     except OSError as error:
@@ -82,24 +90,39 @@ def train(parser: OneLineParser, argv: list[str]) -> None:
             parser.exit(130, f"interrupted; continue with --resume --name {run.path.name}\n")
         raise
     if run.trainer.is_global_zero:
+        write_report(run, metrics, run.path / "report.html")
         summarize(run, metrics)
     if metrics["best_epoch"] is None:
         parser.exit(1, "no usable model: val_loss was never finite\n")
 
 
-def probe(run: Run, batch: bool, rates: bool) -> bool:
+def probe(run: Run, args: Any) -> bool:
     passed = True
-    if batch:
+    if args.overfit_batch:
         check = overfit_one_batch(run.model, next(iter(run.data.train_dataloader())))
         print(f"overfit  {check}")
         passed = check.passed
-    if rates:
+    if args.lr_range:
         run.path.mkdir(parents=True, exist_ok=True)
         picture = run.path / "lr_range.png"
         suggestion = learning_rate_range(run.model, run.data, picture)[2]
         found = "the loss never fell" if suggestion is None else f"steepest at {suggestion:.2g}"
         print(f"rates    {found}; {picture}")
+    if args.size_curve:
+        size_curve(run)
     return passed
+
+
+def size_curve(run: Run) -> None:
+    rows = learning_curve_over_size(run.config, dataset=run.dataset, root=run.path.parent)
+    for row in rows:
+        errors = f"train error {row['train_error']:.4f}, validation error {row['val_error']:.4f}"
+        print(f"samples  {row['samples']}: {errors}")
+    baseline = 1.0 if run.dataset.classes is None else majority_error(run.dataset.y)
+    picture = run.path.parent / f"{run.path.name}-size" / "size_curve.png"
+    plot_size_curve(rows, picture)
+    found = diagnose_size(rows, baseline=baseline)
+    print(f"verdict  {found.verdict}: {found.explanation}\nfiles    {picture}")
 
 
 def summarize(run: Run, metrics: dict[str, Any]) -> None:
@@ -161,19 +184,19 @@ def load(checkpoint: Path) -> MLPClassifier | MLPRegressor:
         raise ValueError(f"{checkpoint}: not a checkpoint of a training run, or damaged") from None
 
 
-def read(path: str, model: MLPClassifier | MLPRegressor, target: str | None) -> tuple[Any, Any]:
-    """The samples of a file, and the true classes where it has them."""
+def read(path: str, model: MLPClassifier | MLPRegressor, target: str | None = None) -> Any:
+    """The samples of a file, without the column of the true classes where it has one."""
     inputs = model.hparams["inputs"]
-    labels = None
-    if target is not None:
-        table = read_table(path)
-        labels = table.cells(table.find(target))
     if inputs["kind"] == "text":
-        return read_texts(path), labels
-    columns = inputs.get("columns")
-    if columns is None and target is not None:
-        raise ValueError(f"target: expected a model of a table, for {path}")
-    return read_features(path, columns and [Column(*column) for column in columns]), labels
+        return read_texts(path, target)
+    columns, shape = inputs.get("columns"), inputs.get("shape")
+    return read_features(
+        path,
+        columns and [Column(*column) for column in columns],
+        shape=shape and tuple(shape),
+        missing="impute" if inputs.get("missing") else "refuse",
+        target=target,
+    )
 
 
 def predict(parser: OneLineParser, argv: list[str]) -> None:
@@ -181,19 +204,18 @@ def predict(parser: OneLineParser, argv: list[str]) -> None:
     out = csv.writer(sys.stdout, lineterminator="\n")
     try:
         model = load(Path(args.run) / "best.ckpt")
-        x, labels = read(args.file, model, args.target)
         if isinstance(model, MLPRegressor):
             if args.threshold is not None or args.target is not None:
                 raise ValueError("threshold, target: expected a model of classes, not of values")
-            values = model.predict(x).tolist()
+            values = model.predict(read(args.file, model)).tolist()
             out.writerows([["value"], *([f"{value:.6g}"] for value in values)])
             return
-        probabilities = model.predict_proba(x)
+        classes = model.hparams["classes"]
+        truth = None if args.target is None else as_classes(args.file, args.target, classes)
+        probabilities = model.predict_proba(read(args.file, model, args.target))
         decided = probabilities.argmax(-1)
         if args.threshold is not None:
             decided = decide(probabilities, args.threshold)
-        classes = model.hparams["classes"]
-        truth = None if labels is None else as_classes(labels, classes)
     except USER_ERRORS as error:
         parser.error(describe(error))
     out.writerow(["class", *(f"p({name})" for name in classes)])
@@ -207,11 +229,27 @@ def predict(parser: OneLineParser, argv: list[str]) -> None:
         print(judge(probabilities, truth), file=sys.stderr)
 
 
-def as_classes(labels: list[str], classes: list[str]) -> Tensor:
-    for row, label in enumerate(labels):
-        if label not in classes:
-            raise ValueError(f"target: sample {row + 1}: {label!r} is none of {', '.join(classes)}")
-    return torch.tensor([classes.index(label) for label in labels])
+def as_classes(path: str, target: str, classes: list[str]) -> Tensor:
+    """The numbers of the classes in a column of a file; 1.0 is the class 1."""
+    if Path(path).suffix != ".csv":
+        raise ValueError(f"target: expected a .csv file, got {path}")
+    table = read_table(path)
+    position = table.find(target)
+    index: dict[str | float, int] = {}
+    for i, name in enumerate(classes):
+        index[name] = i
+        if is_number(name):
+            index.setdefault(float(name), i)
+    found = []
+    for row, label in enumerate(table.cells(position)):
+        i = index.get(label, index.get(float(label)) if is_number(label) else None)
+        if i is None:
+            raise ValueError(
+                f"{table.place(row, position)}: target: sample {row + 1}: {label!r} is none of "
+                f"{', '.join(classes)}"
+            )
+        found.append(i)
+    return torch.tensor(found)
 
 
 def judge(probabilities: Tensor, truth: Tensor) -> str:

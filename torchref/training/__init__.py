@@ -19,6 +19,7 @@ from torchref.training.decision import decide as decide
 from torchref.training.decision import log_loss as log_loss
 from torchref.training.early_stopping import EarlyStopping as EarlyStopping
 from torchref.training.early_stopping import RestoreBest as RestoreBest
+from torchref.training.gradient_flow import GradientFlowCallback as GradientFlowCallback
 from torchref.training.history import History as History
 from torchref.training.history import RandomState as RandomState
 from torchref.training.mlp import build_mlp as build_mlp
@@ -32,4 +33,6 @@ from torchref.training.module import Supervised as Supervised
 from torchref.training.parity import Parity as Parity
 from torchref.training.probes import learning_rate_range as learning_rate_range
 from torchref.training.probes import overfit_one_batch as overfit_one_batch
+from torchref.training.report import write_report as write_report
 from torchref.training.run import Run as Run
+from torchref.training.size_curve import learning_curve_over_size as learning_curve_over_size

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from torchref.diagnostics.drawing import new_figure
+
 COLORS = ("#1f77b4", "#d95f02", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22")
 
 
@@ -66,12 +68,7 @@ def compare(runs: Sequence[Finished]) -> list[list[str]]:
 
 def plot_runs(runs: Sequence[Finished], path: str | Path) -> None:
     """Draw validation loss against the epoch, a line for each run, training loss dotted."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)  # no pyplot: it would pick a screen and keep the figure
-    axes = figure.subplots()
+    figure, axes = new_figure((8, 4.5))
     for i, run in enumerate(runs):
         color = COLORS[i % len(COLORS)]
         for part, style in (("val", "-"), ("train", ":")):
@@ -80,9 +77,7 @@ def plot_runs(runs: Sequence[Finished], path: str | Path) -> None:
             axes.plot(*zip(*points, strict=True), style, color=color, label=label)
     axes.set_xlabel("epoch")
     axes.set_title("validation loss (training loss dotted)")
-    axes.xaxis.get_major_locator().set_params(integer=True)  # pyright: ignore[reportCallIssue]
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
 

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from torchref.diagnostics.drawing import new_figure
+
 COLORS = {"train": "#1f77b4", "val": "#d95f02"}
 LABELS = {"train": "training", "val": "validation"}
 
@@ -19,14 +21,10 @@ def plot_learning_curves(
         path: of the picture; its ending decides the format.
         best_epoch: marked with a dashed line.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     scores = [name.removeprefix("train_") for name in rows[0] if name.startswith("train_")]
     panels = sorted(scores, key=lambda name: name != "loss")
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)  # no pyplot: it would pick a screen and keep the figure
-    for axes, metric in zip(figure.subplots(1, len(panels)), panels, strict=True):
+    figure, _ = new_figure((10, 4), columns=len(panels))
+    for axes, metric in zip(figure.axes, panels, strict=True):
         for part, color in COLORS.items():
             points = [(row["epoch"], row[f"{part}_{metric}"]) for row in rows]
             marker = "." if len(points) < 30 else None
@@ -37,7 +35,5 @@ def plot_learning_curves(
         axes.set_title(metric)
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
     figure.savefig(path, dpi=120)

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torchref.diagnostics.drawing import new_figure
 from torchref.training.checks import check_range
 from torchref.training.data_module import DataModule
 from torchref.training.module import Classifier, Supervised
@@ -166,12 +167,7 @@ def _steepest(rates: list[float], losses: list[float]) -> float | None:
 
 
 def _draw(rates: list[float], losses: list[float], suggestion: float | None, path: Any) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)  # no pyplot: it would pick a screen and keep the figure
-    axes = figure.subplots()
+    figure, axes = new_figure((7, 4))
     axes.plot(rates, losses, color="#1f77b4", label="training loss, averaged")
     if suggestion is not None:
         label = f"steepest fall: {suggestion:.2g}"
@@ -181,7 +177,5 @@ def _draw(rates: list[float], losses: list[float], suggestion: float | None, pat
     axes.set_ylim(top=losses[0] + 0.5 * (losses[0] - least))
     axes.set_xlabel("learning rate")
     axes.set_title("loss while the learning rate grows")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
@@ -214,7 +215,7 @@ class Run:
             plugins=[SyncBatchNormPlugin()],
             precision=config.precision,  # pyright: ignore[reportArgumentType]
             max_epochs=config.epochs,
-            logger=CSVLogger(self.path.parent, name=self.path.name, version=""),
+            logger=self._loggers(),
             callbacks=[*callbacks, last],
             num_sanity_val_steps=0,
             log_every_n_steps=1,
@@ -222,6 +223,13 @@ class Run:
             enable_model_summary=False,
             use_distributed_sampler=False,  # DataModule has its own
         )
+
+    def _loggers(self) -> list[Logger]:
+        place = {"save_dir": self.path.parent, "name": self.path.name, "version": ""}
+        loggers: list[Logger] = [CSVLogger(**place)]
+        if find_spec("tensorboard") is not None:
+            loggers.append(TensorBoardLogger(**place))
+        return loggers
 
     def execute(self, test: bool = True) -> dict[str, Any]:
         """Train and test; return and write the contents of ``metrics.json``.
@@ -273,6 +281,8 @@ class Run:
         if not self.resume:
             for name in FILES:
                 (self.path / name).unlink(missing_ok=True)
+            for events in self.path.glob("events.out.tfevents.*"):  # TensorBoard's
+                events.unlink()
         (self.path / "config.yaml").write_text(yaml.safe_dump(asdict(self.config), sort_keys=False))
 
     @rank_zero_only

@@ -1,0 +1,30 @@
+"""What a network does and how its training goes: graph, gradients, curves, predictions."""
+
+from torchref.diagnostics.gradient_flow import GradientFlow as GradientFlow
+from torchref.diagnostics.gradient_flow import gradient_flow as gradient_flow
+from torchref.diagnostics.gradient_flow import plot_gradient_flow as plot_gradient_flow
+from torchref.diagnostics.graph import Graph as Graph
+from torchref.diagnostics.graph import graph as graph
+from torchref.diagnostics.learning_curves import Diagnosis as Diagnosis
+from torchref.diagnostics.learning_curves import diagnose as diagnose
+from torchref.diagnostics.learning_curves import diagnose_size as diagnose_size
+from torchref.diagnostics.learning_curves import majority_error as majority_error
+from torchref.diagnostics.learning_curves import plot_size_curve as plot_size_curve
+from torchref.diagnostics.paths import optimizer_paths as optimizer_paths
+from torchref.diagnostics.paths import plot_paths as plot_paths
+from torchref.diagnostics.paths import plot_smoothing as plot_smoothing
+from torchref.diagnostics.paths import smooth as smooth
+from torchref.diagnostics.predictions import class_scores as class_scores
+from torchref.diagnostics.predictions import confused_pairs as confused_pairs
+from torchref.diagnostics.predictions import confusion_matrix as confusion_matrix
+from torchref.diagnostics.predictions import highest_loss as highest_loss
+from torchref.diagnostics.predictions import most_confused as most_confused
+from torchref.diagnostics.predictions import plot_confusion as plot_confusion
+from torchref.diagnostics.predictions import plot_reliability as plot_reliability
+from torchref.diagnostics.predictions import plot_worst_images as plot_worst_images
+from torchref.diagnostics.predictions import r2 as r2
+from torchref.diagnostics.predictions import reliability as reliability
+from torchref.diagnostics.predictions import residuals as residuals
+from torchref.diagnostics.predictions import worst_values as worst_values
+from torchref.diagnostics.symmetry import Symmetry as Symmetry
+from torchref.diagnostics.symmetry import check_symmetry as check_symmetry

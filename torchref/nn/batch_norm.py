@@ -277,8 +277,8 @@ def batch_norm_act(
     :math:`u` again from the input, or, for a ReLU after a residual, reads its sign in the output.
 
     Args:
-        input, running_mean, running_var, weight, bias, training, momentum, eps,
-        unbiased_running_var: as in :func:`batch_norm`.
+        input, running_mean, running_var, weight, bias, training, momentum, eps: as in
+            :func:`batch_norm`; ``unbiased_running_var``, too.
         activation: :math:`f`, one of relu, leaky_relu, sigmoid, tanh, elu, selu, gelu, gelu_tanh
             and silu.
         param: the slope of leaky_relu (0.01 unless given) or the alpha of elu (1).
@@ -289,8 +289,7 @@ def batch_norm_act(
 
     Raises:
         ValueError: ``activation`` is none of these or has no ``param``, or ``residual`` differs
-            from ``input`` in shape or type.
-        As :func:`batch_norm` otherwise.
+            from ``input`` in shape or type; otherwise what :func:`batch_norm` raises.
 
     Example:
         >>> x = torch.tensor([[1.0], [3.0]])

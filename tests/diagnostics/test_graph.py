@@ -12,8 +12,7 @@ from torch import nn
 
 import torchref
 import torchref.nn.functional as F
-from torchref.diagnostics import graph as graph_module
-from torchref.diagnostics.graph import Large, graph
+from torchref.diagnostics.graph import Large, _rendered, graph
 from torchref.nn.functional import softmax
 
 NEURON = ["W", "x", "b", "y", "Wx", "z", "yhat", "e"]
@@ -662,7 +661,7 @@ def test_pictures(tmp_path):
 def test_any_name_can_be_drawn():
     names = ['a"b', "c\nd\\", "<B>&amp;", "", "\x00\x1b\ud800", "µ ∂L"]
     dot = graph(neuron, *(variable() for _ in range(4)), names=names).to_dot()
-    svg = graph_module._rendered(dot, "svg").decode()
+    svg = _rendered(dot, "svg").decode()
     for text in ("a&quot;b", "c\\nd\\", "&lt;B&gt;&amp;amp;", "\\x00\\x1b\\ud800", "µ ∂L"):
         assert f">{text}<" in svg.replace("&#45;", "-"), text
 
@@ -692,14 +691,14 @@ def test_graphviz_that_fails(monkeypatch):
     failed = subprocess.CompletedProcess([], 1, b"", b"syntax error")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: failed)
     with pytest.raises(RuntimeError, match="Graph.save: `dot` failed: syntax error"):
-        graph_module._rendered("", "svg")
+        _rendered("", "svg")
 
     def hang(*args, timeout, **kwargs):
         raise subprocess.TimeoutExpired(args, timeout)
 
     monkeypatch.setattr(subprocess, "run", hang)
     with pytest.raises(RuntimeError, match="`dot` took more than 60 s"):
-        graph_module._rendered("", "svg")
+        _rendered("", "svg")
 
 
 # Errors.

@@ -444,7 +444,8 @@ def test_training_finds_the_planted_rate_and_never_opens_the_test_part(tmp_path,
     assert results.best.params == {"lr": 0.01}
     metrics = [read(tmp_path, f"trials/{t.number}/metrics.json") for t in results.trials]
     assert [m["best_val_loss"] for m in metrics] == [t.value for t in results.trials]
-    assert not [name for m in metrics for name in m if name.startswith("test_")]
+    assert [m["test_opened"] for m in metrics] == [0, 0]
+    assert not [n for m in metrics for n in m if n.startswith("test_") and n != "test_opened"]
     assert all(m["parity_max_loss_diff"] is None for m in metrics)
     monkeypatch.undo()
 

@@ -1,8 +1,12 @@
 import csv
 import gzip
+import os
+import re
+import shutil
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +19,7 @@ from PIL import Image
 
 from torchref.data import load_dataset, read_features, read_texts
 from torchref.data.images import read_idx
+from torchref.data.table import Column, read_table
 
 SHAPES = {
     "digits": (1797, 64, 10),
@@ -63,7 +68,15 @@ def test_number_classes_sort_as_numbers(tmp_path):
         ("1,2,a\n3,,b\n", "row 2, column 2: '' is missing; --missing impute"),
         ("f,g,c\n1,2,a\nnan,4,b\n", "row 3, column 1: 'nan' is missing"),
         ("f,g,c\n1,2,a\n3,4,\n", "row 3, column 3: '' is no class"),
-        ('1,"2,a\n', "not a CSV file"),
+        ("1,2,a\n3,1_0,b\n", "row 2, column 2: '1_0' is not a finite number"),
+        (f"1,2,a\n3,1{'0' * 40},b\n", "row 2, column 2: '10+' is not a finite number"),
+        (f"1{'0' * 40},a\n2{'0' * 40},b\n", "row 1, column 1: '10+' is not a finite number"),
+        ('1,"2,a\n', "row 1: not a CSV file"),
+        ('1,2,a\n3,4,"b"x\n', "row 2: not a CSV file"),
+        ("a;b;y\n1;2;0\n", "got 1 column; the delimiter must be a comma"),
+        ("a\tb\ty\n1\t2\t0\n", "got 1 column; the delimiter must be a comma"),
+        ("a;y\n1,5;0\n", "row 2: expected 1 columns, got 2; the delimiter must be a comma"),
+        ("f,g,y\n1,,a\n2,-,b\n", "a.csv: no value in column g; --drop g leaves it out"),
         ("1,2,a\n3,4\n", "row 2: expected 3 columns, got 2"),
         ("", "no rows"),
         ("f,g,c\n", "no rows"),
@@ -198,7 +211,7 @@ def test_numbers_as_categories(tmp_path):
         ({"drop": ["nothing"]}, "no column 'nothing'"),
         ({"categories": ["nothing"]}, "no column 'nothing'"),
         ({"group": "nothing"}, "no column 'nothing'"),
-        ({"time": "shop"}, "row 2, column 4: 'a' is not a finite number"),
+        ({"time": "shop"}, "row 2, column 4: 'a' is no time; expected numbers, or ISO dates"),
         ({"missing": "drop"}, "missing: expected one of refuse, impute, got 'drop'"),
         ({"task": "ranking"}, "task: expected one of auto, classification, regression"),
         ({"target": "shop", "task": "regression"}, "row 2, column 4: 'a' is not a finite number"),
@@ -212,15 +225,275 @@ def test_wrong_options_of_a_table_are_named(tmp_path, options, message):
 
 
 def test_two_columns_of_one_name(tmp_path):
-    with pytest.raises(ValueError, match="two columns are called 'f'"):
-        load_dataset(write(tmp_path / "a.csv", "f,f,y\n1,2,a\n1,2,b\n"), drop=["f"])
+    for options in ({}, {"drop": ["f"]}):
+        with pytest.raises(ValueError, match=r"a.csv: row 1: two columns are called 'f'"):
+            load_dataset(write(tmp_path / "a.csv", "f,f,y\n1,2,a\n1,2,b\n"), **options)
+
+
+HEADERS = {  # real files' first line and what is below
+    "iris with a header": ("length,width,kind", "5.1,3.5,setosa\n6,3,virginica\n"),
+    "pandas' index": (",a,y", "0,1.5,u\n1,2.5,v\n"),
+    "words alone": ("outlook,windy,play", "sunny,no,yes\nrainy,no,no\n"),
+    "one sample below": ("a,b", "1,2\n"),
+}
+
+
+@pytest.mark.parametrize(("first", "below"), HEADERS.values(), ids=HEADERS)
+def test_a_header(tmp_path, first, below):
+    (tmp_path / "a.csv").write_text(f"{first}\n{below}")
+    table = read_table(tmp_path / "a.csv")
+    assert table.header
+    assert table.names == [name or "1" for name in first.split(",")]
+    assert len(table.rows) == len(below.splitlines())
+
+
+DATA = {
+    "iris": "5.1,3.5,setosa\n6,3,virginica\n",
+    "the class first": "setosa,5.1,3.5\nvirginica,6,3\n",
+    "years in a column": "ford,1999,2001\nbmw,2003,2005\n",
+    "one year": "ford,1999\nbmw,2500\n",
+    "numbers like years": "1999,2001\n15,20\n",
+    "a gap": "5.1,,setosa\n6,3,virginica\n",
+    "gaps first": ",,setosa\n6,3,virginica\n",
+    "one sample": "red,7\n",
+    "one gap": '""\n1\n',
+}
+
+
+@pytest.mark.parametrize("text", DATA.values(), ids=DATA)
+def test_no_header(tmp_path, text):
+    (tmp_path / "a.csv").write_text(text)
+    table = read_table(tmp_path / "a.csv")
+    assert not table.header
+    assert len(table.rows) == len(text.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("text", "odd"),
+    [
+        ("country,2019,2020\na,0.5,2\nb,1.5,1950\n", "2019"),
+        (",2019,2020\n0,0.5,2\n1,1.5,3\n", "2019"),
+        ("150,4,setosa,versicolor\n5.1,3.5,1.4,0\n", "150"),  # as in scikit-learn's iris.csv
+        ("a,b,,y\n1,2,3,u\n3,4,5,v\n", ""),
+        ("a,b,NA,y\n1,,3,u\n3,4,5,v\n", "NA"),
+    ],
+)
+def test_what_may_be_a_header_is_refused(tmp_path, text, odd):
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(ValueError, match=rf"a.csv: row 1: .* a header, but '{odd}' is no name"):
+        read_table(tmp_path / "a.csv")
+
+
+def test_a_table_of_pandas(tmp_path):
+    name = write(tmp_path / "a.csv", ",a,y,b\n0,1.5,u,3\n1,2.5,v,4\n")
+    data = load_dataset(name, target="y", drop=["1"])
+    assert ([c.name for c in data.columns], data.classes) == (["a", "b"], ["u", "v"])
+
+
+def test_equal_numbers_have_one_order(tmp_path):
+    name = write(tmp_path / "a.csv", "k,y\n1,01\n01,1.0\n1.0,1\n2,0.5\n")
+    code = (
+        "from torchref.data import load_dataset as load;"
+        f"data = load({name!r}, categories=['k'], task='classification');"
+        "print(data.classes, data.columns[0].categories)"
+    )
+    for seed in "01":
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout == "['0.5', '01', '1', '1.0'] ('01', '1', '1.0', '2')\n"
+
+
+@pytest.fixture
+def five_hours_west(monkeypatch):
+    """The machine's zone must not matter."""
+    monkeypatch.setenv("TZ", "XST+5")
+    if hasattr(time, "tzset"):
+        time.tzset()
+    yield
+    monkeypatch.undo()
+    if hasattr(time, "tzset"):
+        time.tzset()
+
+
+@pytest.mark.parametrize(
+    ("cells", "times"),
+    [
+        (["1700000001", "1700000000.25"], [1700000001, 1700000000.25]),
+        (["20240128", "20240127"], [20240128, 20240127]),
+        (["2024-01-28", "2024-01-27"], [1706400000, 1706313600]),
+        (["2024-01-27T10:00", "2024-01-27T10:00:00.5+01:00"], [1706349600, 1706346000.5]),
+    ],
+)
+def test_times_keep_their_digits(tmp_path, cells, times, five_hours_west):
+    rows = "".join(f"{cell},{i},{'ab'[i]}\n" for i, cell in enumerate(cells))
+    data = load_dataset(write(tmp_path / "a.csv", f"when,f,y\n{rows}"), time="when")
+    assert data.times.dtype == torch.float64
+    assert data.times.tolist() == times
+
+
+@pytest.mark.parametrize("cell", ["yesterday", "", "inf", "nan", "1_0", "2024-13-01", "3"])
+def test_what_is_no_time_is_named(tmp_path, cell):
+    first = "2024-01-27" if cell in ("3", "2024-13-01") else "5"
+    name = write(tmp_path / "a.csv", f"when,f,y\n{first},1,a\n{cell},2,b\n")
+    with pytest.raises(ValueError, match=f"row 3, column 1: '{cell}' is no time; expected numbers"):
+        load_dataset(name, time="when")
+
+
+@pytest.mark.parametrize("cell", ["", "?", "NA", "n/a", "NaN", "null"])
+def test_a_missing_target_is_named(tmp_path, cell):
+    words = write(tmp_path / "a.csv", f"f,y\n1,u\n2,v\n3,{cell}\n")
+    numbers = write(tmp_path / "b.csv", f"f,y\n1,1\n2,2\n3,{cell}\n")
+    place = rf"row 4, column 2: '{re.escape(cell)}'"
+    with pytest.raises(ValueError, match=f"{place} is no class; leave the row out"):
+        load_dataset(words)
+    for options in ({}, {"task": "regression"}):
+        with pytest.raises(ValueError, match=f"{place} is missing; leave the row out"):
+            load_dataset(numbers, **options)
+
+
+def test_none_and_a_dash_can_be_classes(tmp_path):
+    name = write(tmp_path / "a.csv", "f,y\n1,none\n2,-\n3,u\n")
+    assert load_dataset(name).classes == ["-", "none", "u"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "refused"),
+    [
+        (range(20), False),
+        (range(21), True),
+        ([*range(100)] * 2, False),
+        ([*range(101)] * 2, True),
+        (["100000.0", *range(20)], True),
+        ([f"u{i}" for i in range(200)], False),
+        ([i + 0.5 for i in range(200)], False),
+    ],
+)
+def test_many_whole_numbers_are_neither_classes_nor_values(tmp_path, targets, refused):
+    name = write(tmp_path / "a.csv", "f,y\n" + "".join(f"1,{target}\n" for target in targets))
+    if refused:
+        count = len(set(targets))
+        with pytest.raises(ValueError, match=rf"a.csv: column y: {count} different whole numbers"):
+            load_dataset(name)
+        assert load_dataset(name, task="regression").classes is None
+        assert len(load_dataset(name, task="classification").classes) == count
+    else:
+        load_dataset(name)
+
+
+def test_names_of_rows_are_no_categories(tmp_path):
+    def table(count, distinct):
+        return "id,y\n" + "".join(f"u{i % distinct},{i % 2}\n" for i in range(count))
+
+    for count, distinct in ((101, 101), (2002, 1001)):
+        name = write(tmp_path / "a.csv", table(count, distinct))
+        with pytest.raises(ValueError, match=rf"a.csv: {distinct} cat.* {count} rows of column id"):
+            load_dataset(name)
+    for count, distinct in ((100, 100), (102, 101), (2000, 1000)):
+        data = load_dataset(write(tmp_path / "a.csv", table(count, distinct)))
+        assert data.x.shape == (count, distinct)
+
+
+def test_a_row_without_a_group_is_named(tmp_path):
+    name = write(tmp_path / "a.csv", "g,f,y\nu,1,a\n,2,b\n")
+    with pytest.raises(ValueError, match="row 3, column 1: '' is no group"):
+        load_dataset(name, group="g")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("iris", {"target": "y", "drop": ["z"]}, "target, drop: without meaning for iris, which"),
+        ("digits", {"missing": "impute"}, "missing: without meaning for digits, .* no option"),
+        ("reviews", {"categories": ["k"]}, "categories: without"),
+        ("npz:a.npz", {"time": "t", "group": "g"}, "group, time: without .* which knows task"),
+        ("folder:d", {"target": "y"}, "target: without .* knows image_size"),
+        ("csv:a.csv", {"image_size": 3}, "image_size: without meaning for csv:a.csv"),
+        ("csv:a.csv", {"root": "d"}, "root: without"),
+        ("mnist", {"image_size": 3}, "image_size: without"),
+        ("text:a.csv", {"drop": ["z"]}, "drop: without"),
+        ("torchvision:MNIST", {"target": "y"}, "target: without"),
+        ("hf:imdb", {"missing": "impute"}, "missing: without"),
+        ("iris", {"task": "regression"}, "task: expected auto or classification for iris, got reg"),
+        ("diabetes", {"task": "classification"}, "task: expected auto or regression for diabetes"),
+        ("text:a.csv", {"task": "regression"}, "task: expected auto or classification for text"),
+        ("folder:d", {"task": "regression"}, "task: expected auto or classification for folder"),
+        ("folder:d", {"image_size": 0}, "image_size: expected > 0, got 0"),
+        ("folder:d", {"image_size": -3}, "image_size: expected > 0, got -3"),
+    ],
+)
+def test_options_without_effect_are_refused(name, options, message):
+    """Before anything is read: none of these files exists."""
+    with pytest.raises(ValueError, match=message):
+        load_dataset(name, **options)
+
+
+def test_a_task_that_a_set_has_anyhow():
+    assert load_dataset("iris", task="classification").classes
+    assert load_dataset("diabetes", task="regression").classes is None
+
+
+def test_a_quote_after_a_space_and_a_long_cell(tmp_path):
+    long = "w" * 200_000
+    (tmp_path / "a.csv").write_text(f'text, label\n"one, two", a\n"{long}", "b"\n')
+    data = load_dataset(f"text:{tmp_path}/a.csv")
+    assert (data.x, data.classes) == (["one, two", long], ["a", "b"])
+
+
+def test_bytes_that_are_no_text_are_named(tmp_path):
+    (tmp_path / "a.csv").write_bytes("f,y\n1,a\n2,ä\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a.csv: row 3: not a CSV file in UTF-8"):
+        load_dataset(f"csv:{tmp_path}/a.csv")
+
+
+def test_samples_to_predict_with_their_classes(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("y,f,g\na,1,2\n")
+    assert read_features(path, target="y").tolist() == [[1, 2]]
+    unnamed = [Column("1"), Column("2")]  # of a table without a header
+    assert read_features(path, unnamed, target="y").tolist() == [[1, 2]]
+    with pytest.raises(ValueError, match=r"a.csv: expected 2 columns \(1, 2\), got 3"):
+        read_features(path, unnamed)
+    path.write_text("1,2,a\n3,4,b\n")
+    assert read_features(path, unnamed, target="3").tolist() == [[1, 2], [3, 4]]
+    assert read_features(path, [Column("f"), Column("g")], target="3").tolist() == [[1, 2], [3, 4]]
+    with pytest.raises(ValueError, match=r"a.csv: no column 'y'; it has 1, 2, 3"):
+        read_features(path, target="y")
+
+
+def test_a_model_without_gaps_is_told_of_none_it_could_impute(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("f,color\n1,\n")
+    columns = [Column("f"), Column("color", ("blue", "red"))]
+    assert read_features(path, columns, missing="impute").tolist() == [[1, 0, 0]]
+    for text, message in (
+        (
+            "f,color\n1,\n",
+            "row 2, column 2: '' is missing, and the model was trained without gaps$",
+        ),
+        ("f,color\n?,red\n", "row 2, column 1: '.' is missing, and the model was trained without"),
+        ("f,color\nx,red\n", "row 2, column 1: 'x' is not a finite number$"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_features(path, columns)
 
 
 def test_samples_to_predict_are_encoded_as_the_table_was(tmp_path):
     columns = load_dataset(write(tmp_path / "a.csv"), drop=["id"], missing="impute").columns[:2]
     path = tmp_path / "new.csv"
     path.write_text("size,other,color\n5,x,blue\n,y,red\n")
-    assert read_features(path, columns).nan_to_num(-1).tolist() == [[1, 0, 5], [0, 1, -1]]
+    read = read_features(path, columns, missing="impute")
+    assert read.nan_to_num(-1).tolist() == [[1, 0, 5], [0, 1, -1]]
+    with pytest.raises(
+        ValueError, match=r"row 3, column 1: '' is missing, and the model was train"
+    ):
+        read_features(path, columns)
     path.write_text("red,7\n")  # all of a row can be a header: here there is a number
     assert read_features(path, columns).tolist() == [[0, 1, 7]]
     path.write_text("size,color\n5,green\n")
@@ -283,6 +556,23 @@ def test_texts(tmp_path):
     assert read_texts(tmp_path / "a.txt") == ["one line", "another"]
     with pytest.raises(ValueError, match="images: this is a set of text"):
         _ = data.images
+    path.write_text("label,review\nham,see you\nspam,buy now\n")
+    data = load_dataset(f"text:{path}", target="label")
+    assert (data.x, data.classes) == (["see you", "buy now"], ["ham", "spam"])
+    assert read_texts(path, "label") == data.x
+    path.write_text("review\nalone\n")
+    assert read_texts(path, "review") == ["alone"]
+    path.write_text("review,label\ngood,a\nbad,a\n")
+    with pytest.raises(
+        ValueError, match=r"column label: expected two classes or more, got \['a'\]"
+    ):
+        load_dataset(f"text:{path}")
+    path.write_text("review,label\ngood,a\nbad,\n")
+    with pytest.raises(ValueError, match=r"row 3, column 2: '' is no class"):
+        load_dataset(f"text:{path}")
+    path.write_text("text;label\nalone;a\n")
+    with pytest.raises(ValueError, match="one of classes; the delimiter must be a comma"):
+        load_dataset(f"text:{path}")
     path.write_text("text\nalone\n")
     with pytest.raises(ValueError, match="expected a column of texts and one of classes"):
         load_dataset(f"text:{path}")
@@ -418,6 +708,10 @@ def test_what_is_wrong_in_a_folder_is_named(tmp_path):
         load_dataset(f"folder:{tmp_path}/nowhere")
     with pytest.raises(ValueError, match="no images; expected one subfolder for each class"):
         load_dataset(f"folder:{tmp_path}")
+    save_images(tmp_path / "one" / "cat", a=GRAY)
+    with pytest.raises(ValueError, match=r"one: expected two classes or more, got \['cat'\]"):
+        load_dataset(f"folder:{tmp_path}/one")
+    shutil.rmtree(tmp_path / "one")
     save_images(tmp_path / "cat", a=GRAY, b=np.zeros((4, 4), np.uint8))
     with pytest.raises(ValueError, match=r"cat/b.png: 4 x 4 pixels, those before have 3 x 2; --im"):
         load_dataset(f"folder:{tmp_path}")
@@ -459,6 +753,19 @@ def test_npz_of_tables_and_images(tmp_path, shape, images):
         ({"x": np.zeros(3), "y": np.zeros(3)}, "2 to 4 dimensions"),
         ({"x": np.full((3, 2), np.nan), "y": np.arange(3)}, "row 1, column 1: nan is not finite"),
         ({"x": np.full((3, 2, 2), -1.0), "y": np.arange(3)}, "expected pixels from 0 on, got -1"),
+        ({"x": np.full((3, 2), np.nan), "y": np.arange(3)}, "gaps are imputed in a table alone"),
+        ({"x": np.zeros((3, 2)), "y": np.zeros(3, int)}, r"y: expected two classes or more, got"),
+        ({"x": np.zeros((2, 2)), "y": np.array([0.5, np.nan])}, "y: row 2: 'nan' is missing"),
+        ({"x": np.zeros((2, 2)), "y": np.array([0.5, np.inf])}, "y: row 2: 'inf' is not a finite"),
+        (
+            {
+                "x_train": np.zeros((2, 2)),
+                "y_train": np.array([0.5, 1]),
+                "x_test": np.zeros((2, 2)),
+                "y_test": np.array([0.5, np.nan]),
+            },
+            "y_test: row 2: 'nan' is missing",
+        ),
         ({"x": np.array([["a"]]), "y": np.zeros(1)}, "expected numbers like x's, got <U1"),
         ({"x": np.array([[{}]]), "y": np.zeros(1)}, "not an .npz file of arrays"),
     ],
@@ -467,6 +774,55 @@ def test_a_malformed_npz_is_named(tmp_path, arrays, message):
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(ValueError, match=f"a.npz: .*{message}"):
         load_dataset(f"npz:{tmp_path}/a.npz")
+
+
+def test_npz_of_values_bytes_and_black_images(tmp_path):
+    path = tmp_path / "a.npz"
+    images = np.zeros((4, 2, 3), np.float32)
+    np.savez(path, x=images, y=np.arange(4) / 2)
+    data = load_dataset(f"npz:{path}")
+    assert (data.kind, data.classes, data.y.tolist()) == ("image", None, [0, 0.5, 1, 1.5])
+    assert data.high == 1
+    np.savez(path, x=images, y=np.arange(4))
+    assert load_dataset(f"npz:{path}", task="regression").classes is None
+    np.savez(path, x=images, y=np.array([b"cat", "hä".encode(), b"\xff", b"cat"]))
+    assert load_dataset(f"npz:{path}").classes == ["\\xff", "cat", "hä"]
+
+
+ARRAYS = {
+    "rows": lambda x: x.reshape(len(x), -1),
+    "NCHW": lambda x: x,
+    "NHWC": lambda x: x.transpose(0, 2, 3, 1),
+}
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.sampled_from([1, 3]), st.integers(1, 4), st.integers(1, 4), st.sampled_from([*ARRAYS]))
+def test_images_to_predict_have_the_order_of_the_models(
+    tmp_path_factory, channels, height, width, order
+):
+    path = tmp_path_factory.mktemp("images") / "a.npy"
+    shape = (channels, height, width)
+    x = np.arange(2 * channels * height * width).reshape(2, *shape)
+    array = ARRAYS[order](x)
+    np.save(path, array)
+    read = read_features(path, shape=shape)
+    if array.shape == x.shape:  # the order of the model's wins where both fit
+        x = array
+    assert torch.equal(read, torch.tensor(x.reshape(2, -1), dtype=torch.float32))
+
+
+def test_gray_images_and_other_shapes(tmp_path):
+    path = tmp_path / "a.npy"
+    np.save(path, np.arange(12).reshape(2, 2, 3))
+    assert read_features(path, shape=(1, 2, 3)).shape == (2, 6)
+    message = r"expected shape \(N, 18\), \(N, 3, 2, 3\) or \(N, 2, 3, 3\), got \(2, 2, 3\)"
+    with pytest.raises(ValueError, match=message):
+        read_features(path, shape=(3, 2, 3))
+    with pytest.raises(
+        ValueError, match=r"\(N, 6\), \(N, 1, 3, 2\), \(N, 3, 2\) or \(N, 3, 2, 1\)"
+    ):
+        read_features(path, shape=(1, 3, 2))
 
 
 def test_an_npz_that_is_none(tmp_path):
@@ -516,6 +872,39 @@ def test_torchvision(monkeypatch):
     assert (data.classes, data.test.tolist()) == (["cat", "dog"], [4, 5])
     with pytest.raises(ValueError, match=r"torchvision.datasets has no set 'MNOST'"):
         load_dataset("torchvision:MNOST")
+
+    class FakeData(FakeSet):
+        def __init__(self, size=4):
+            self.pairs = FakeSet("data").pairs[:size]
+
+    datasets.FakeData = FakeData
+    data = load_dataset("torchvision:FakeData")
+    assert (len(data.y), data.test) == (4, None)
+
+
+def _unknown_split(self, root, split, **options):
+    assert options == {"download": True}
+    raise ValueError(f"Unknown value '{split}' for argument split")
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        ({"__init__": _unknown_split}, "test part: Unknown value 'train' for argument split"),
+        ({"__getitem__": lambda self, i: (self.pairs[i][0], torch.zeros(40))}, "expected pairs"),
+        ({"__getitem__": lambda self, i: (self.pairs[i][0], 0.5)}, "expected pairs"),
+        ({"__getitem__": lambda self, i: (torch.zeros(3, 2, 3), 1)}, "expected pairs"),
+        ({"__getitem__": lambda self, i: (*self.pairs[i], 1)}, "expected pairs"),
+        ({"__getitem__": lambda self, i: (self.pairs[i][0], 1)}, "expected two classes or more"),
+    ],
+)
+def test_what_is_no_set_of_classes_is_named(monkeypatch, methods, message):
+    monkeypatch.setitem(sys.modules, "torchvision", ModuleType("torchvision"))
+    datasets = ModuleType("torchvision.datasets")
+    datasets.Other = type("Other", (FakeSet,), methods)
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", datasets)
+    with pytest.raises(ValueError, match=rf"^torchvision:Other: .*{message}"):
+        load_dataset("torchvision:Other")
 
 
 @pytest.mark.parametrize("name", ["torchvision:MNIST", "hf:imdb"])
@@ -577,3 +966,33 @@ def test_hugging_face_texts_images_and_numbers(monkeypatch):
     install_hub(monkeypatch, validation=None)
     with pytest.raises(ValueError, match="expected a split `train`, it has validation"):
         load_dataset("hf:table")
+
+
+def test_hidden_labels_of_hugging_face(monkeypatch):
+    features = {"text": Value("string"), "label": ClassLabel()}
+    train = Split(features, text=["a", "b"], label=[1, 0])
+    install_hub(monkeypatch, train=train, test=Split(features, text=["c"], label=[-1]))
+    with pytest.warns(UserWarning, match="hf:sst2: the labels of its test part are hidden"):
+        data = load_dataset("hf:sst2")
+    assert (data.x, data.y.tolist(), data.test) == (["a", "b"], [1, 0], None)
+    for labels, test in (([0, 1, -1], [1]), ([0, 1, 1], [0, -1]), ([0, 1, 2], [1]), ([None], [0])):
+        train = Split(features, text=["a"] * len(labels), label=labels)
+        install_hub(monkeypatch, train=train, test=Split(features, text=["c"] * 2, label=test))
+        with pytest.raises(
+            ValueError, match=r"column label, sample \d: expected a label in \[0, 1\]"
+        ):
+            load_dataset("hf:sst2")
+
+
+def test_the_task_of_a_table_of_hugging_face(monkeypatch):
+    features = {"a": Value("float32"), "y": Value("int64")}
+    install_hub(monkeypatch, train=Split(features, a=[1.0, 2.0], y=[3, 4]))
+    assert load_dataset("hf:table", target="y").classes == ["3", "4"]
+    assert load_dataset("hf:table", target="y", task="regression").y.tolist() == [3, 4]
+    features["y"] = ClassLabel()
+    monkeypatch.setattr(ClassLabel, "names", [str(i) for i in range(150)])
+    numbers = [float(i) for i in range(150)]
+    install_hub(monkeypatch, train=Split(features, a=numbers, y=[*range(150)]))
+    assert (
+        len(load_dataset("hf:table", target="y").classes) == 150
+    )  # they say that they are classes

@@ -107,3 +107,46 @@ def test_nothing_to_penalize():
 def test_a_coefficient_out_of_range_raises(name, value):
     with pytest.raises(ValueError, match=f"weight_penalty: expected `{name}` finite and >= 0"):
         weight_penalty(nn.Linear(2, 2), **{name: value})
+
+
+class Gate(nn.Module):
+    """A user's module with parameters of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.mixing = nn.Parameter(torch.full((2, 2), 3.0))
+        self.position_bias = nn.Parameter(torch.full((2, 2), 3.0))
+        self.gain = nn.Parameter(torch.full((2,), 3.0))
+
+
+@pytest.mark.parametrize(
+    ("module", "weights"),
+    [
+        (nn.LayerNorm([2, 3]), ()),
+        (nn.RMSNorm([2, 3]), ()),
+        (nn.GroupNorm(1, 2), ()),
+        (nn.Bilinear(2, 3, 2), ("weight",)),
+        (nn.ConvTranspose2d(1, 2, 2), ("weight",)),
+        (nn.Embedding(3, 2), ("weight",)),
+        (nn.LSTM(2, 3), ("weight_ih_l0", "weight_hh_l0")),
+        (nn.MultiheadAttention(2, 1, add_bias_kv=True), ("in_proj_weight", "out_proj.weight")),
+        (
+            nn.MultiheadAttention(2, 1, kdim=3, vdim=4),
+            ("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"),
+        ),
+        (Gate(), ("mixing",)),
+        (nn.Sequential(nn.LayerNorm([2, 3]), nn.Linear(3, 1)), ("1.weight",)),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
+)
+def test_what_a_weight_is(module, weights):
+    for p in module.parameters():
+        nn.init.constant_(p, 2.0)
+    count = sum(module.get_parameter(name).numel() for name in weights)
+    assert weight_penalty(module, l1=1.0, l2=1.0) == 6 * count
+
+
+def test_a_tied_weight_counts_once():
+    net = nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 3, bias=False))
+    net[1].weight = net[0].weight
+    assert weight_penalty(net, l2=1.0) == weight_penalty(net[0], l2=1.0)

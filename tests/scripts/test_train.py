@@ -410,5 +410,60 @@ def test_two_processes_go_on_with_their_own_random_numbers(tmp_path):
         run_script(tmp_path, *flags, "--name", name, "--epochs", str(epochs))
     run_script(tmp_path, *flags, "--name", "parts", "--epochs", "3", "--resume")
     rows = [(tmp_path / "runs" / name / "metrics.csv").read_text() for name in ("whole", "parts")]
-    losses = [[r["val_loss"] for r in csv.DictReader(text.splitlines())] for text in rows]
+    losses = [
+        [row["val_loss"] for row in csv.DictReader(text.splitlines()) if row["val_loss"]]
+        for text in rows
+    ]
     assert losses[0] == losses[1]
+
+
+def test_predict_images_in_the_order_of_the_training_set(here, capsys):
+    x = np.random.default_rng(0).integers(0, 256, (40, 4, 5, 3)).astype(np.uint8)
+    np.savez("a.npz", x=x, y=np.arange(40) % 2)
+    train.main(["--data", "npz:a.npz", "--epochs", "2", "--width", "16", "--name", "i"])
+    np.save("last.npy", x)
+    np.save("first.npy", x.transpose(0, 3, 1, 2))
+    np.save("other.npy", x[:, 1:])
+    printed = []
+    for name in ("last.npy", "first.npy"):
+        capsys.readouterr()
+        train.main(["predict", name, "--run", "runs/i"])
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    line = fails(capsys, "predict", "other.npy", "--run", "runs/i")
+    assert "other.npy: expected shape (N, 60), (N, 3, 4, 5) or (N, 4, 5, 3)" in line
+
+
+def test_a_regression_on_images(here, capsys):
+    np.savez("a.npz", x=np.random.default_rng(0).random((40, 4, 5)), y=np.arange(40) / 7)
+    train.main(["--data", "npz:a.npz", "--epochs", "2", "--width", "16", "--name", "v"])
+    assert "rmse" in capsys.readouterr().out
+
+
+def test_predict_classes_of_tables_with_their_truth(here, iris, capsys):
+    small = ("--epochs", "2", "--width", "16", "--accelerator", "cpu")
+    rows = [f"{i % 2 * 3 + i / 40},{'uv'[i % 3 == 0]},{i % 2}\n" for i in range(40)]
+    Path("t.csv").write_text("f,k,y\n" + "".join(rows))
+    train.main(["--data", "csv:t.csv", *small])
+    capsys.readouterr()
+    run = ("--run", "runs/csv-t")
+    gap = fails(capsys, "predict", "gap.csv", *run, text="f,k\n1,u\n,v\n")
+    assert "gap.csv: row 3, column 1: '' is missing, and the model was trained without gaps" in gap
+    gap = fails(capsys, "predict", "gap.csv", *run, text="f,k\n1,u\n1,\n")
+    assert "gap.csv: row 3, column 2: '' is missing" in gap
+    Path("zeros.csv").write_text("y,k,f\n0.0,u,1\n1.0,v,3\n")  # the classes 0 and 1
+    train.main(["predict", "zeros.csv", *run, "--target", "y"])
+    assert capsys.readouterr().err.startswith("log-loss ")
+    line = fails(capsys, "predict", "two.csv", *run, "--target", "y", text="f,k,y\n1,u,1\n1,u,2\n")
+    assert "two.csv: row 3, column 3: " in line
+    assert "'2' is none of 0, 1" in line
+    assert "expected a .csv file" in fails(capsys, "predict", "a.npy", *run, "--target", "y")
+
+    Path("flower.csv").write_text("5.1,3.5,1.4,0.2,setosa\n")
+    run = ("--run", str(iris / "runs" / "iris"), "--target")
+    train.main(["predict", "flower.csv", *run, "5"])
+    without_names = capsys.readouterr()
+    Path("flower.csv").write_text("kind,a,b,c,d\nsetosa,5.1,3.5,1.4,0.2\n")
+    train.main(["predict", "flower.csv", *run, "kind"])
+    assert capsys.readouterr() == without_names
+    assert "flower.csv: no column 'z'" in fails(capsys, "predict", "flower.csv", *run, "z")

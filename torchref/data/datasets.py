@@ -1,6 +1,8 @@
 """Small sets that need no network, files of one's own, and adapters to others' collections."""
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +18,11 @@ from torchref.data.table import (
     Table,
     encode,
     find_columns,
+    is_float,
+    is_missing,
     is_number,
     read_table,
+    read_times,
     sort_labels,
 )
 from torchref.data.text import load_reviews
@@ -25,6 +30,17 @@ from torchref.data.text import load_reviews
 BUNDLED = ("digits", "breast_cancer", "wine", "iris", "diabetes", "reviews")
 IDX = ("mnist", "fashion-mnist")
 SOURCES = ("csv:PATH", "text:PATH", "npz:PATH", "folder:DIR", "torchvision:NAME", "hf:NAME")
+OPTIONS: dict[str, tuple[str, ...]] = {  # of load_dataset that mean something to a source
+    **dict.fromkeys(BUNDLED, ()),
+    **dict.fromkeys(IDX, ("root",)),
+    "csv": ("task", "target", "categories", "drop", "missing", "group", "time"),
+    "text": ("target",),
+    "npz": ("task",),
+    "folder": ("image_size",),
+    "torchvision": ("root", "image_size"),
+    "hf": ("root", "image_size", "target", "task"),
+}
+FEW, MANY = 20, 100  # different whole numbers that are classes at most; MANY where none is alone
 CLOTHES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"]
 CLOTHES += ["Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 FLIPPED_DIGITS = {
@@ -71,6 +87,17 @@ class Dataset:
             raise ValueError(f"images: this is a set of {self.kind}, not of images")
         return self.x.unflatten(1, self.shape)
 
+    def fingerprint(self) -> str:
+        """Twelve digits that change when a sample, a target or a name does."""
+        digest = hashlib.sha256()
+        if isinstance(self.x, Tensor):
+            digest.update(self.x.contiguous().numpy().tobytes())
+        else:
+            digest.update("\0".join(self.x).encode())
+        digest.update(self.y.contiguous().numpy().tobytes())
+        digest.update(repr((self.classes, self.columns)).encode())
+        return digest.hexdigest()[:12]
+
 
 def load_dataset(
     name: str,
@@ -101,20 +128,24 @@ def load_dataset(
             - ``torchvision:NAME``, ``hf:NAME``: a set of torchvision's or of Hugging Face's hub.
         root: folder of what is on disk; by default ``data/<name>`` or, of Debian's packages,
             ``/usr/share/datasets/<name>``.
-        image_size: side in pixels that images of a folder are resized to.
+        image_size: side in pixels that images of a folder or a collection are resized to, > 0.
         task: ``classification``, ``regression``, or ``auto``: classes unless all targets are
-            numbers and one of them is not whole.
+            numbers and one of them is not whole. Over 100 different whole numbers, or over 20 of
+            which one stands alone, could be either, and ``task`` must say which.
         target: name of the column to predict; the last one by default. In a file without a header
-            columns are called 1, 2, ...
+            columns are called 1, 2, ... No target may be missing, which an empty cell, ``?``,
+            ``NA``, ``N/A``, ``NaN`` and ``null`` are; ``none`` and ``-`` can be classes.
         categories: names of columns whose numbers are categories. A column in which no cell is a
-            number is one anyhow.
+            number is one anyhow. None may have over 1,000, or as many as rows where those are
+            over 100.
         drop: names of columns that are left out.
         missing: ``refuse`` a table with gaps, or ``impute``: NaN, for :class:`Impute`.
         group: name of a column whose values must not be shared by two parts of a split.
-        time: name of a column of numbers that orders the samples.
+        time: name of a column of numbers or ISO dates that orders the samples.
 
     Raises:
-        ValueError: a name or value is unknown, or a file is malformed; file and row are named.
+        ValueError: a name or value is unknown, an option means nothing to the set, or a file is
+            malformed; file and row are named.
         FileNotFoundError: there is no such file.
         ImportError: the collection's package is missing; the message says what to install.
 
@@ -131,72 +162,93 @@ def load_dataset(
     ):
         if value not in known:
             raise ValueError(f"{argument}: expected one of {', '.join(known)}, got {value!r}")
+    if image_size is not None and image_size <= 0:
+        raise ValueError(f"image_size: expected > 0, got {image_size}")
     source, colon, rest = name.partition(":")
+    if source not in OPTIONS or bool(colon) == (source in (*BUNDLED, *IDX)):
+        known = ", ".join((*BUNDLED, *IDX, *SOURCES))
+        raise ValueError(f"dataset: expected one of {known}, got {name!r}")
+    given = {"root": root, "image_size": image_size, "target": target, "categories": categories}
+    given |= {"drop": drop, "missing": missing == "impute", "group": group, "time": time}
+    _refuse_unused(name, OPTIONS[source], [option for option in given if given[option]], task)
     if name == "reviews":
         texts, labels = load_reviews()
-        return Dataset(texts, *as_targets(labels, "classification"))
-    if name in BUNDLED:
+        return Dataset(texts, *as_targets(labels, "classification", name))
+    if source in BUNDLED:
         return _from_scikit_learn(name)
-    if name in IDX:
+    if source in IDX:
         return _from_idx(name, root)
-    if colon and source == "csv":
+    if source == "csv":
         roles = {"target": target, "group": group, "time": time}
         return _from_csv(read_table(rest), roles, categories, drop, missing, task)
-    if colon and source == "text":
+    if source == "text":
         return _from_text(read_table(rest), target)
-    if colon and source == "npz":
+    if source == "npz":
         return _from_npz(Path(rest), task)
-    if colon and source == "folder":
+    if source == "folder":
         return _from_folder(Path(rest), image_size)
-    if colon and source in ("torchvision", "hf"):
-        from torchref.data import hubs
+    from torchref.data import hubs
 
-        load = hubs.from_torchvision if source == "torchvision" else hubs.from_hugging_face
-        return load(rest, root, image_size, target)
-    known = ", ".join((*BUNDLED, *IDX, *SOURCES))
-    raise ValueError(f"dataset: expected one of {known}, got {name!r}")
+    if source == "torchvision":
+        return hubs.from_torchvision(rest, root, image_size)
+    return hubs.from_hugging_face(rest, root, image_size, target, task)
 
 
-def image_set(x: np.ndarray, labels: Sequence[Any] | np.ndarray, test: int = 0) -> Dataset:
+def _refuse_unused(name: str, known: Sequence[str], given: Sequence[str], task: str) -> None:
+    """An option without effect would be believed to have one."""
+    if unused := [option for option in given if option not in known]:
+        raise ValueError(
+            f"{', '.join(unused)}: without meaning for {name}, which knows "
+            f"{', '.join(known) or 'no option'}"
+        )
+    own = "regression" if name == "diabetes" else "classification"
+    if "task" not in known and task not in ("auto", own):
+        raise ValueError(f"task: expected auto or {own} for {name}, got {task}")
+
+
+def image_set(x: np.ndarray, targets: tuple[Tensor, list[str] | None], test: int = 0) -> Dataset:
     """A set of (N, C, H, W) images of which the last ``test`` are for the test."""
-    high = 255.0 if x.dtype == np.uint8 else float(x.max(initial=0.0))
-    y, classes = as_targets(labels, "classification")
+    high = 255.0 if x.dtype == np.uint8 else float(x.max(initial=0)) or 1.0
     rows = torch.from_numpy(x.reshape(len(x), -1).astype(np.float32))
-    held = torch.arange(len(x) - test, len(x)) if test else None
-    return Dataset(rows, y, classes, shape=x.shape[1:], high=high, test=held)
+    return Dataset(rows, *targets, shape=x.shape[1:], high=high, test=last(test, len(x)))
 
 
-def read_features(path: str | Path, columns: Sequence[Column] | None = None) -> Tensor:
-    """Read samples without labels, one a row, from a ``.csv`` or ``.npy`` file.
+def last(test: int, samples: int) -> Tensor | None:
+    """The indices of a test part that follows the others."""
+    return torch.arange(samples - test, samples) if test else None
+
+
+def read_features(
+    path: str | Path,
+    columns: Sequence[Column] | None = None,
+    *,
+    shape: tuple[int, int, int] | None = None,
+    missing: str = "refuse",
+    target: str | None = None,
+) -> Tensor:
+    """Read samples, one a row, from a ``.csv`` or ``.npy`` file, as a trained model takes them.
 
     Args:
-        path: an .npy file may hold images, too, (samples, C, H, W).
-        columns: of the table that a model was trained on. They are found by name where the file
-            has a header, whatever else it holds; else it must hold them in their order.
+        path: the file.
+        columns: of the table that a model was trained on. They are found by name where that table
+            and the file have a header, whatever else the file holds; else it must hold them in
+            their order.
+        shape: (C, H, W) of the images that a model was trained on. An .npy file may then have the
+            shape (N, C * H * W), (N, C, H, W), (N, H, W, C) or, of gray images, (N, H, W).
+        missing: ``refuse`` gaps in a table, or ``impute``: NaN, for a model that was trained so.
+        target: name of a column that is left out, as it holds the classes.
 
     Returns:
         (samples, features) float32, NaN where a number is missing.
 
     Raises:
-        ValueError: the file is malformed, has another ending, or is not a table of finite numbers.
+        ValueError: the file is malformed, has another ending, or is not a table of finite numbers
+            that fits ``columns`` or ``shape``.
         FileNotFoundError: there is no such file.
     """
     path = Path(path)
     if path.suffix == ".csv":
-        table = read_table(path)
-        if columns is None:
-            every = range(len(table.names))
-            return encode(table, [Column(name) for name in table.names], every)
-        if table.header:
-            positions = [table.find(column.name) for column in columns]
-        elif len(table.names) == len(columns):
-            positions = list(range(len(columns)))
-        else:
-            raise ValueError(
-                f"{path}: expected {len(columns)} columns ({', '.join(c.name for c in columns)}), "
-                f"got {len(table.names)}"
-            )
-        return encode(table, columns, positions, "impute")
+        return _encode_samples(read_table(path), columns, missing, target)
     if path.suffix != ".npy":
         raise ValueError(f"{path}: expected a .csv or .npy file")
     try:
@@ -208,19 +260,63 @@ def read_features(path: str | Path, columns: Sequence[Column] | None = None) -> 
             f"{path}: expected numbers of shape (samples, features), "
             f"got {array.dtype} of shape {array.shape}"
         )
-    return _as_rows(array, str(path))
+    return _as_rows(array if shape is None else _channels_first(array, shape, path), str(path))
 
 
-def read_texts(path: str | Path) -> list[str]:
-    """Read texts, one a line, or those in the column ``text`` (else the first) of a ``.csv``."""
+def _encode_samples(
+    table: Table, columns: Sequence[Column] | None, missing: str, target: str | None
+) -> Tensor:
+    label = None if target is None else table.find(target)
+    others = [i for i in range(len(table.names)) if i != label]
+    if columns is None:
+        columns, positions = [Column(table.names[i]) for i in others], others
+    elif table.header and not all(column.name.isdecimal() for column in columns):
+        positions = [table.find(column.name) for column in columns]
+    elif len(others) == len(columns):
+        positions = others
+    else:
+        raise ValueError(
+            f"{table.path}: expected {len(columns)} columns "
+            f"({', '.join(column.name for column in columns)}), got {len(others)}"
+        )
+    return encode(table, columns, positions, missing, trained=True)
+
+
+def _channels_first(array: np.ndarray, shape: tuple[int, int, int], path: Path) -> np.ndarray:
+    """Images, or rows of their pixels, in the order of a model's."""
+    channels, height, width = shape
+    known = [(channels * height * width,), shape]
+    known += [(height, width)] if channels == 1 else []
+    if array.shape[1:] in known:
+        return array
+    if array.shape[1:] == (height, width, channels):
+        return array.transpose(0, 3, 1, 2)
+    expected = ", ".join(f"(N, {', '.join(map(str, each))})" for each in known)
+    raise ValueError(
+        f"{path}: expected shape {expected} or (N, {height}, {width}, {channels}), got "
+        f"{array.shape}"
+    )
+
+
+def read_texts(path: str | Path, target: str | None = None) -> list[str]:
+    """Read texts, one a line, or those of a ``.csv``.
+
+    The column is ``text``, else the first that is not ``target``.
+    """
     path = Path(path)
     if path.suffix == ".csv":
         table = read_table(path)
-        return table.cells(table.find("text") if "text" in table.names else 0)
+        return table.cells(_find_text(table, None if target is None else table.find(target)))
     try:
         return path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text in UTF-8: {error}") from None
+
+
+def _find_text(table: Table, label: int | None) -> int:
+    if "text" in table.names:
+        return table.find("text")
+    return 1 if label == 0 and len(table.names) > 1 else 0
 
 
 def _from_scikit_learn(name: str) -> Dataset:
@@ -261,7 +357,8 @@ def _from_idx(name: str, root: str | Path | None) -> Dataset:
         raise ValueError(
             f"{files[0]}: {images[1].shape[1:]} pixels, the others {images[0].shape[1:]}"
         )
-    data = image_set(np.concatenate(images)[:, None], np.concatenate(labels), len(images[1]))
+    targets = as_targets(np.concatenate(labels), "classification", str(folder))
+    data = image_set(np.concatenate(images)[:, None], targets, len(images[1]))
     if name == "mnist":
         return replace(data, confusing=FLIPPED_DIGITS)
     classes = CLOTHES if len(data.classes or ()) == len(CLOTHES) else data.classes
@@ -280,6 +377,7 @@ def _from_csv(
     if width < 2:
         raise ValueError(
             f"{table.path}: expected features and a class in the last column, got 1 column"
+            f"{table.delimiter}"
         )
     target = width - 1 if roles["target"] is None else table.find(roles["target"])
     others = {
@@ -291,30 +389,34 @@ def _from_csv(
         raise ValueError(f"{table.path}: no column is left for the features")
     used = [name for name in categories if table.find(name) in positions]
     columns = find_columns(table, positions, used)
-    y, classes = as_targets(table.cells(target), task, lambda row: table.place(row, target))
-    if classes is not None and len(classes) < 2:
-        raise ValueError(
-            f"{table.path}: expected two classes or more in column {table.names[target]}, got "
-            f"{classes}"
-        )
-    times = None
-    if "time" in others:
-        times = encode(table, [Column("time")], [others["time"]]).flatten().double()
-    groups = None
-    if "group" in others:
-        _, groups = np.unique(table.cells(others["group"]), return_inverse=True)
-        groups = torch.from_numpy(groups)
+    y, classes = _targets_of(table, target, task)
+    times = read_times(table, others["time"]) if "time" in others else None
+    groups = _read_groups(table, others["group"]) if "group" in others else None
     x = encode(table, columns, positions, missing)
     return Dataset(x, y, classes, columns=columns, groups=groups, times=times)
 
 
+def _targets_of(table: Table, position: int, task: str) -> tuple[Tensor, list[str] | None]:
+    name = f"{table.path}: column {table.names[position]}"
+    return as_targets(table.cells(position), task, name, lambda row: table.place(row, position))
+
+
+def _read_groups(table: Table, position: int) -> Tensor:
+    cells = table.cells(position)
+    for row, cell in enumerate(cells):
+        if is_missing(cell):  # all of these would be one group
+            raise ValueError(f"{table.place(row, position)}: {cell!r} is no group")
+    return torch.from_numpy(np.unique(cells, return_inverse=True)[1])
+
+
 def _from_text(table: Table, target: str | None) -> Dataset:
     label = len(table.names) - 1 if target is None else table.find(target)
-    text = table.find("text") if "text" in table.names else 0
+    text = _find_text(table, label)
     if label == text:
-        raise ValueError(f"{table.path}: expected a column of texts and one of classes")
-    y, classes = as_targets(table.cells(label), "classification")
-    return Dataset(table.cells(text), y, classes)
+        raise ValueError(
+            f"{table.path}: expected a column of texts and one of classes{table.delimiter}"
+        )
+    return Dataset(table.cells(text), *_targets_of(table, label, "classification"))
 
 
 def _from_npz(path: Path, task: str) -> Dataset:
@@ -340,51 +442,81 @@ def _from_npz(path: Path, task: str) -> Dataset:
             )
         if x.dtype.kind not in "fiub" or x.shape[1:] != xs[0].shape[1:]:
             raise ValueError(f"{path}: {name}: expected numbers like x's, got {x.dtype} {x.shape}")
-    x, y = np.concatenate(xs), np.concatenate(ys)
-    test = len(xs[1]) if len(xs) > 1 else 0
+    ys = [np.char.decode(y, "utf-8", "backslashreplace") if y.dtype.kind == "S" else y for y in ys]
+    train, test = len(ys[0]), sum(map(len, ys[1:]))
+
+    def place(row: int) -> str:
+        array, row = (names[1], row) if row < train else (names[-1], row - train)
+        return f"{path}: {array}: row {row + 1}"
+
+    x, targets = np.concatenate(xs), as_targets(np.concatenate(ys), task, f"{path}: y", place)
     if x.ndim == 2:
-        held = torch.arange(len(x) - test, len(x)) if test else None
-        return Dataset(_as_rows(x, f"{path}: x"), *as_targets(y, task), test=held)
+        return Dataset(_as_rows(x, f"{path}: x"), *targets, test=last(test, len(x)))
     x = x[:, None] if x.ndim == 3 else x
     if x.shape[-1] in (1, 3) and x.shape[1] not in (1, 3):
         x = x.transpose(0, 3, 1, 2)
     _as_rows(x, f"{path}: x")
     if x.min(initial=0) < 0:
         raise ValueError(f"{path}: x: expected pixels from 0 on, got {x.min()}")
-    return image_set(x, y, test)
+    return image_set(x, targets, test)
 
 
 def _from_folder(path: Path, size: int | None) -> Dataset:
-    if not ((path / "train").is_dir() and (path / "test").is_dir()):
-        return image_set(*read_folder(path, size))
-    (x, labels), (x_test, more) = (read_folder(path / part, size) for part in ("train", "test"))
-    if x.shape[1:] != x_test.shape[1:]:
-        raise ValueError(
-            f"{path}: images of shape {x.shape[1:]} in train, {x_test.shape[1:]} in test"
-        )
-    return image_set(np.concatenate([x, x_test]), labels + more, len(x_test))
+    split = (path / "train").is_dir() and (path / "test").is_dir()
+    parts = [read_folder(path / part, size) for part in (("train", "test") if split else ("",))]
+    shapes = [x.shape[1:] for x, _ in parts]
+    if shapes[0] != shapes[-1]:
+        raise ValueError(f"{path}: images of shape {shapes[0]} in train, {shapes[1]} in test")
+    labels = [label for _, part in parts for label in part]
+    targets = as_targets(labels, "classification", str(path))
+    return image_set(np.concatenate([x for x, _ in parts]), targets, split * len(parts[-1][1]))
 
 
 def as_targets(
-    labels: Sequence[Any] | np.ndarray, task: str, place: Any = lambda row: f"sample {row + 1}"
+    labels: Sequence[Any] | np.ndarray,
+    task: str,
+    name: str,
+    place: Callable[[int], str] | None = None,
 ) -> tuple[Tensor, list[str] | None]:
-    """Classes by number, with their names, or values and None."""
+    """Classes by number, with their names, or values and None.
+
+    Errors begin with ``name``, or with the ``place`` of a row.
+    """
+    place = place or (lambda row: f"{name}: sample {row + 1}")
     cells = [str(label) for label in labels]
-    numbers = [is_number(cell) for cell in cells]
-    if task == "auto":
-        whole = all(numbers) and all(float(cell).is_integer() for cell in cells)
-        task = "regression" if all(numbers) and not whole else "classification"
-    if task == "classification":
-        for row, cell in enumerate(cells):
-            if cell.lower() in ("", "nan"):
-                raise ValueError(f"{place(row)}: {cell!r} is no class")
-        classes = sort_labels(set(cells))
-        index = {label: i for i, label in enumerate(classes)}
-        return torch.tensor([index[cell] for cell in cells]), classes
-    if not all(numbers):
-        row = numbers.index(False)
-        raise ValueError(f"{place(row)}: {cells[row]!r} is not a finite number to predict")
-    return torch.tensor([float(cell) for cell in cells]), None
+    task = _guess_task(cells, name, place) if task == "auto" else task
+    for row, cell in enumerate(cells):
+        if task == "classification" and is_missing(cell) and cell.lower() not in ("none", "-"):
+            raise ValueError(f"{place(row)}: {cell!r} is no class; leave the row out")
+        if task == "regression" and is_missing(cell):
+            raise ValueError(f"{place(row)}: {cell!r} is missing; leave the row out")
+        if task == "regression" and not is_number(cell):
+            raise ValueError(f"{place(row)}: {cell!r} is not a finite number to predict")
+    if task == "regression":
+        return torch.tensor([float(cell) for cell in cells]), None
+    classes = sort_labels(set(cells))
+    if len(classes) < 2:
+        raise ValueError(f"{name}: expected two classes or more, got {classes}")
+    index = {label: i for i, label in enumerate(classes)}
+    return torch.tensor([index[cell] for cell in cells]), classes
+
+
+def _guess_task(cells: list[str], name: str, place: Callable[[int], str]) -> str:
+    present = [cell for cell in cells if not is_missing(cell)]
+    if not present or not all(map(is_float, present)):
+        return "classification"
+    if len(present) < len(cells):  # not one class more
+        row = next(row for row, cell in enumerate(cells) if is_missing(cell))
+        raise ValueError(f"{place(row)}: {cells[row]!r} is missing; leave the row out")
+    if not all(float(cell).is_integer() for cell in cells):
+        return "regression"
+    counts = Counter(map(float, cells))
+    if len(counts) > MANY or (len(counts) > FEW and min(counts.values()) == 1):
+        raise ValueError(
+            f"{name}: {len(counts)} different whole numbers could be classes or values: "
+            "--task classification or --task regression says which"
+        )
+    return "classification"
 
 
 def _as_rows(array: np.ndarray, name: str) -> Tensor:
@@ -394,8 +526,9 @@ def _as_rows(array: np.ndarray, name: str) -> Tensor:
     if len(bad):
         row, column, value = bad[0][0], bad[0][1:], array[tuple(bad[0])]
         where = ", ".join(str(i + 1) for i in column)
+        gap = "; gaps are imputed in a table alone, csv:PATH" if np.isnan(value) else ""
         raise ValueError(
             f"{name}: row {row + 1}, column {where}: {value} is not finite in float32 "
-            f"(at most {FLOAT32_MAX:.2e})"
+            f"(at most {FLOAT32_MAX:.2e}){gap}"
         )
     return torch.from_numpy(single.reshape(len(single), -1))

@@ -1,8 +1,11 @@
 """Tables of text (CSV): what each column holds, and its cells as numbers."""
 
 import csv
+import io
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,10 @@ from torch import Tensor
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 MISSING = {"", "?", "-", "na", "n/a", "nan", "null", "none"}
+CELL = 2**24  # characters of a cell, at most: a long document
+CATEGORIES = 1000  # of a column, at most: each is a feature
+IDENTIFIERS = 100  # so many rows, none like another, are names of the rows
+YEARS = range(1900, 2101)
 
 
 @dataclass(frozen=True)
@@ -38,10 +45,15 @@ class Table:
     def find(self, name: str) -> int:
         """Where the column of that name is."""
         if name not in self.names:
-            raise ValueError(f"{self.path}: no column {name!r}; it has {', '.join(self.names)}")
-        if self.names.count(name) > 1:
-            raise ValueError(f"{self.path}: two columns are called {name!r}")
+            raise ValueError(
+                f"{self.path}: no column {name!r}; it has {', '.join(self.names)}{self.delimiter}"
+            )
         return self.names.index(name)
+
+    @property
+    def delimiter(self) -> str:
+        """What to say where another delimiter than the comma left one column."""
+        return _delimiter(self.names)
 
     def cells(self, position: int) -> list[str]:
         return [row[position] for row in self.rows]
@@ -51,53 +63,126 @@ class Table:
 
 
 def read_table(path: str | Path) -> Table:
-    """Read a CSV file. A first line that holds neither a number nor a gap is its header.
+    """Read a CSV file in UTF-8: commas, an optional header, as many cells in each row.
+
+    The first line is a header if none of its cells is a number or a gap; only its first cell may
+    be empty, as pandas writes it, and is then called 1. Any other first line is a row of data, and
+    is refused where it looks like a header: a name stands above nothing but numbers, or all its
+    numbers are years, two or more, and other numbers stand below.
 
     Raises:
-        ValueError: it is no CSV file, it has no rows, or a row has another number of cells than
-            the first; the message names the row.
+        ValueError: it is no CSV file, it has no rows, a row has another number of cells than the
+            first, or two columns have one name; the message names the row.
         FileNotFoundError: there is no such file.
     """
     path = Path(path)
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.reader(file, strict=True)
-        try:
-            rows = [(reader.line_num, [c.strip() for c in cells]) for cells in reader if cells]
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: not a CSV file: {error}") from None
-    header = bool(rows) and _is_header(rows[0][1])
-    if len(rows) == header:
-        raise ValueError(f"{path}: no rows")
-    width = len(rows[0][1])
+    rows = _parse(path)
+    width = len(rows[0][1]) if rows else 0
     for line, cells in rows:
         if len(cells) != width:
-            raise ValueError(f"{path}: row {line}: expected {width} columns, got {len(cells)}")
-    names = rows[0][1] if header else [str(i + 1) for i in range(width)]
+            raise ValueError(
+                f"{path}: row {line}: expected {width} columns, got {len(cells)}"
+                f"{_delimiter(rows[0][1])}"
+            )
+    header = bool(rows) and _is_header(path, *rows[0], [cells for _, cells in rows[1:]])
+    if len(rows) == header:
+        raise ValueError(f"{path}: no rows")
+    names = [cell or "1" for cell in rows[0][1]] if header else [str(i + 1) for i in range(width)]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(
+            f"{path}: row {rows[0][0]}: two columns are called {twice!r}; a table of words alone "
+            "needs a header"
+        )
     lines, cells = zip(*rows[header:], strict=True)
     return Table(path, names, list(lines), list(cells), header)
+
+
+def _parse(path: Path) -> list[tuple[int, list[str]]]:
+    """The rows that are not blank, each with the line that it ends on."""
+    csv.field_size_limit(max(CELL, csv.field_size_limit()))  # of the process, so never lowered
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}: row {line}: not a CSV file in UTF-8: {error.reason}") from None
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
+    try:
+        return [(reader.line_num, [c.strip() for c in cells]) for cells in reader if cells]
+    except csv.Error as error:
+        raise ValueError(f"{path}: row {reader.line_num}: not a CSV file: {error}") from None
 
 
 def find_columns(
     table: Table, positions: Iterable[int], categories: Sequence[str] = ()
 ) -> list[Column]:
-    """What each column holds: categories where it is named so or no cell is a number."""
+    """What each column holds: categories where it is named so or no cell is a number.
+
+    Raises:
+        ValueError: a column has no value at all, or more categories than a network should take
+            for features: over 1,000, or another in each of over 100 rows; the column is named.
+    """
     named = {table.find(name) for name in categories}
     columns = []
     for position in positions:
-        present = [c for c in table.cells(position) if c.lower() not in MISSING]
+        name = table.names[position]
+        present = [c for c in table.cells(position) if not is_missing(c)]
+        if not present:
+            raise ValueError(
+                f"{table.path}: no value in column {name}; --drop {name} leaves it out"
+            )
         known = None
-        if position in named or (present and not any(map(is_number, present))):
+        if position in named or not any(map(is_float, present)):
             known = tuple(sort_labels(set(present)))
-        columns.append(Column(table.names[position], known))
+            if len(known) > CATEGORIES or len(known) == len(present) > IDENTIFIERS:
+                raise ValueError(
+                    f"{table.path}: {len(known)} categories in the {len(present)} rows of column "
+                    f"{name}, each of which would be a feature; --drop {name} leaves it out"
+                )
+        columns.append(Column(name, known))
     return columns
 
 
+def read_times(table: Table, position: int) -> Tensor:
+    """A column of numbers, or of ISO dates, as seconds since 1970, in UTC where they name no zone.
+
+    Returns:
+        (rows,) float64, as float32 does not tell the seconds of a day apart.
+
+    Raises:
+        ValueError: a cell is neither, or another than those before; row and column are named.
+    """
+    cells = table.cells(position)
+    numeric, times = is_float(cells[0]), []
+    for row, cell in enumerate(cells):
+        try:
+            times.append(float(cell) if numeric else _seconds(cell))
+        except ValueError:
+            times.append(math.nan)
+        if numeric != is_float(cell) or not math.isfinite(times[-1]):
+            raise ValueError(
+                f"{table.place(row, position)}: {cell!r} is no time; expected numbers, or ISO "
+                "dates such as 2024-01-27 or 2024-01-27T10:00, in the whole column"
+            )
+    return torch.tensor(times, dtype=torch.float64)
+
+
+def _seconds(cell: str) -> float:
+    moment = datetime.fromisoformat(cell)
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
 def encode(
-    table: Table, columns: Sequence[Column], positions: Sequence[int], missing: str = "refuse"
+    table: Table,
+    columns: Sequence[Column],
+    positions: Sequence[int],
+    missing: str = "refuse",
+    trained: bool = False,
 ) -> Tensor:
     """The features of each row, (rows, features) float32.
 
     A missing number is NaN and a missing category none of them, where ``missing`` is ``impute``.
+    ``trained`` says that the columns are a model's: no error then advises an option of training.
 
     Raises:
         ValueError: a cell is missing and ``missing`` is ``refuse``, or a cell is no number, or none
@@ -108,57 +193,91 @@ def encode(
     for column, position in zip(columns, positions, strict=True):
         places = {c: start + i for i, c in enumerate(column.categories or ())}
         for row, cell in enumerate(table.cells(position)):
-            if cell.lower() in MISSING and cell not in places:
-                if missing == "refuse":
-                    raise ValueError(
-                        f"{table.place(row, position)}: {cell!r} is missing; --missing impute "
-                        "takes the training split's median"
-                    )
-                features[row, start] = 0.0 if column.categories else np.nan
-            elif column.categories is None:
-                features[row, start] = _number(table, row, position, cell)
-            elif cell in places:
+            if cell in places:
                 features[row, places[cell]] = 1.0
+            elif missing == "impute" and is_missing(cell):
+                features[row, start] = 0.0 if column.categories else np.nan
+            elif column.categories is None and is_number(cell):
+                features[row, start] = float(cell)
             else:
-                raise ValueError(
-                    f"{table.place(row, position)}: {cell!r} is none of the categories of "
-                    f"{column.name} ({', '.join(column.categories)})"
-                )
+                raise ValueError(f"{table.place(row, position)}: {_wrong(cell, column, trained)}")
         start += column.width
     return torch.from_numpy(features)
 
 
+def _wrong(cell: str, column: Column, trained: bool) -> str:
+    """What is wrong with a cell, and what may be done about it."""
+    if is_missing(cell):
+        advice = "; --missing impute takes the training split's median"
+        return f"{cell!r} is missing" + (
+            ", and the model was trained without gaps" if trained else advice
+        )
+    if column.categories is None:
+        advice = f"; --categories {column.name} takes the column as categories"
+        return f"{cell!r} is not a finite number" + ("" if trained else advice)
+    return f"{cell!r} is none of the categories of {column.name} ({', '.join(column.categories)})"
+
+
 def sort_labels(labels: Iterable[str]) -> list[str]:
-    """Numbers in their order, then everything else in the alphabet's."""
-    return sorted(labels, key=lambda c: (not is_number(c), float(c) if is_number(c) else c))
+    """Numbers in their order, then everything else in the alphabet's; equal numbers, too."""
+    return sorted(labels, key=lambda c: (not is_number(c), float(c) if is_number(c) else 0.0, c))
 
 
 def is_number(cell: str) -> bool:
     """Whether it is finite in float32."""
-    try:
-        return abs(float(cell)) <= FLOAT32_MAX  # False for NaN
-    except ValueError:
-        return False
+    return is_float(cell) and abs(float(cell)) <= FLOAT32_MAX  # False for NaN
 
 
-def _number(table: Table, row: int, position: int, cell: str) -> float:
-    if not is_number(cell):
-        raise ValueError(
-            f"{table.place(row, position)}: {cell!r} is not a finite number; --categories "
-            f"{table.names[position]} takes the column as categories"
-        )
-    return float(cell)
-
-
-def _is_header(cells: list[str]) -> bool:
-    """Names only: neither numbers nor what stands for a missing one."""
-    none = MISSING | {"inf", "-inf"}
-    return not any(_is_float(cell) or cell.lower() in none for cell in cells)
-
-
-def _is_float(cell: str) -> bool:
+def is_float(cell: str) -> bool:
+    """Whether it is written as a number, whatever its size; 1_0, as Python has it, is none."""
     try:
         float(cell)
     except ValueError:
         return False
-    return True
+    return "_" not in cell
+
+
+def is_missing(cell: str) -> bool:
+    return cell.lower() in MISSING
+
+
+def _is_header(path: Path, line: int, first: list[str], below: list[list[str]]) -> bool:
+    """Whether the first line holds names only; where it nearly does, it is refused."""
+    names = first if first[0] else first[1:]
+    odd = [cell for cell in names if not _is_name(cell)]
+    if names and not odd:
+        return True
+    columns = list(zip(first, zip(*below, strict=True), strict=False))  # none where all is one line
+    above_numbers = any(_is_name(cell) and _are_numbers(column) for cell, column in columns)
+    if odd and (above_numbers or _are_years(columns)):
+        raise ValueError(
+            f"{path}: row {line}: it looks like a header, but {odd[0]!r} is no name; rename that, "
+            "or write a line of names above the data"
+        )
+    return False
+
+
+def _is_name(cell: str) -> bool:
+    return not is_float(cell) and not is_missing(cell)
+
+
+def _are_numbers(cells: Iterable[str]) -> bool:
+    present = [cell for cell in cells if not is_missing(cell)]
+    return bool(present) and all(map(is_float, present))
+
+
+def _are_years(columns: Sequence[tuple[str, Sequence[str]]]) -> bool:
+    """Whether names and years, two or more, are above what are no years."""
+    numbers = [(cell, below) for cell, below in columns if is_float(cell)]
+    return 1 < len(numbers) < len(columns) and all(
+        _is_year(cell) and not all(map(_is_year, below)) for cell, below in numbers
+    )
+
+
+def _is_year(cell: str) -> bool:
+    return len(cell) == 4 and cell.isdecimal() and int(cell) in YEARS
+
+
+def _delimiter(cells: list[str]) -> str:
+    other = len(cells) == 1 and any(mark in cells[0] for mark in ";\t")
+    return "; the delimiter must be a comma" if other else ""

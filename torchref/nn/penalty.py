@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+NORMALIZATION = (torch.nn.LayerNorm, torch.nn.RMSNorm)  # others' gains have one dimension
+
 
 def weight_penalty(module: torch.nn.Module, l1: float = 0.0, l2: float = 0.0) -> Tensor:
     r"""The L1 and L2 terms of a cost.
@@ -11,10 +13,10 @@ def weight_penalty(module: torch.nn.Module, l1: float = 0.0, l2: float = 0.0) ->
         \lambda_1 \sum_w |w| + \lambda_2 \sum_w w^2, \qquad
         \frac{\partial}{\partial w} = \lambda_1 \operatorname{sign}(w) + 2 \lambda_2 w
 
-    where w runs over the weights: parameters of two dimensions or more, so neither biases nor the
-    gain of a normalization layer. Under plain SGD, :math:`\lambda_2` is **half** of the
-    ``weight_decay`` that does the same, whose gradient is ``weight_decay * w``. At w = 0 the
-    gradient of the absolute value is 0.
+    where w runs over the weights: parameters of two dimensions or more that neither belong to a
+    normalization layer nor have "bias" in their own name. Under plain SGD, :math:`\lambda_2` is
+    **half** of the ``weight_decay`` that does the same, whose gradient is ``weight_decay * w``. At
+    w = 0 the gradient of the absolute value is 0.
 
     Args:
         module: whose parameters are penalized; a shared parameter counts once.
@@ -38,7 +40,17 @@ def weight_penalty(module: torch.nn.Module, l1: float = 0.0, l2: float = 0.0) ->
     for name, value in (("l1", l1), ("l2", l2)):
         if not 0 <= value < float("inf"):
             raise ValueError(f"weight_penalty: expected `{name}` finite and >= 0, got {value}")
-    weights = [p for p in module.parameters() if p.ndim > 1]
+    weights = _weights(module)
     terms = [l1 * w.abs().sum() for w in weights] if l1 else []
     terms += [l2 * w.square().sum() for w in weights] if l2 else []
     return sum(terms[1:], terms[0]) if terms else torch.zeros(())
+
+
+def _weights(module: torch.nn.Module) -> list[Tensor]:
+    weights = {}  # by identity, so a shared one is there once
+    for owner in module.modules():
+        if not isinstance(owner, NORMALIZATION):
+            for name, p in owner.named_parameters(recurse=False):
+                if p.ndim > 1 and "bias" not in name:
+                    weights[id(p)] = p
+    return list(weights.values())

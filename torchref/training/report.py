@@ -21,6 +21,7 @@ from torchref.diagnostics.predictions import (
     confused_pairs,
     confusion_matrix,
     highest_loss,
+    most_confused,
     plot_confusion,
     plot_reliability,
     plot_worst_images,
@@ -206,11 +207,17 @@ def _worst(run: "Run", p: Tensor, y: Tensor) -> str:
     if shape is not None and shape[0] in (1, 3):
         x: Any = run.data.val.x
         images, high = x.unflatten(1, shape), run.dataset.high
-        return title + _figure(
+        hardest = _figure(
             lambda path: plot_worst_images(images, samples, path, classes, high),
             "The validation images with the highest loss.",
             "With what each is, what it was taken for and how probable that was.",
         )
+        undecided = _figure(
+            lambda path: plot_worst_images(images, most_confused(p, y), path, classes, high),
+            "The validation images between two classes.",
+            "Those of which the two most probable classes are closest.",
+        )
+        return f"{title}{hardest}<h3>Least certain</h3>{undecided}"
     rows = []
     for s in samples:
         row = [int(run.data.parts[1][s.index]), classes[s.true], classes[s.predicted]]

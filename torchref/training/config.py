@@ -70,14 +70,18 @@ class Config:
     root: str | None = _option(
         None, "folder of data on disk (mnist, fashion-mnist, torchvision, hf)"
     )
-    image_size: int | None = _option(None, "side that images of a folder are resized to, > 0")
+    image_size: int | None = _option(
+        None, "side that images of a folder or a hub are resized to, > 0"
+    )
     task: str = _option("auto", "auto (by the targets), classification or regression")
     target: str | None = _option(None, "column of a table to predict; default: the last")
     categories: list[str] | None = _option(None, "columns of a table whose numbers are categories")
     drop: list[str] | None = _option(None, "columns of a table to leave out")
     missing: str = _option("refuse", "gaps in a table: refuse, or impute the training median")
     group: str | None = _option(None, "column whose values stay in one part (--split grouped)")
-    time: str | None = _option(None, "column that orders the rows (--split chronological)")
+    time: str | None = _option(
+        None, "column of numbers or ISO dates that orders the rows (--split chronological)"
+    )
     split: str = _option(
         "auto", "stratified, random, chronological, grouped; auto is stratified for classes"
     )

@@ -18,7 +18,7 @@ from torchref.nn.batch_norm import _BatchNormAct
 
 UPDATE_RATIO = 1e-3  # Karpathy's rule of thumb for a step: a thousandth of the weights
 
-COLORS = ("#9ecae1", "#4292c6", "#08519c")  # of the first, a middle and the last reading
+COLORS = ("#9ecae1", "#5aa2d0", "#2878b8")  # of the first, a middle and the last reading
 ZERO = "#d95f02"
 
 FLAT = 0.05  # of the largest slope: sigmoid for |x| > 4.4, tanh for |x| > 2.2

@@ -45,7 +45,7 @@ def test_a_search_with_two_workers(tmp_path):
         (results.path / "trials" / str(results.best.number) / "metrics.json").read_text()
     )
     assert metrics["best_val_loss"] == results.best.value
-    assert not [name for name in metrics if name.startswith("test_")]
+    assert metrics["test_opened"] == 0
     assert {"history.png", "trials.csv", "ray"} <= {f.name for f in results.path.iterdir()}
 
 
@@ -59,6 +59,7 @@ print([trial.state for trial in results.trials], [trial.params for trial in resu
 """
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(tmp_path):
     command = [sys.executable, "-c", PROGRAM.format(resume=False)]
     process = subprocess.Popen(
@@ -74,7 +75,7 @@ def test_killed_and_resumed(tmp_path):
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=300,  # on a busy machine
     )
     ended = [line for line in done.stderr.splitlines() if "/8  trial " in line]
     assert 1 <= len(ended) < 8  # what had ended was not tried again

@@ -128,6 +128,7 @@ def test_killed_and_resumed(capsys):
     assert yaml.safe_load(Path("runs/tune-iris/search.yaml").read_text()) == before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
 def test_interrupted():
     options = ["--search", "lr=1e-3:1e-1:log", "--trials", "99", "--jobs", "2"]

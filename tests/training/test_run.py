@@ -49,6 +49,7 @@ def test_a_run_leaves_its_files(tmp_path):
     }
     assert json.loads((folder / "metrics.json").read_text()) == metrics
     assert metrics["epochs"] == len(made.history.rows) == 6
+    assert made.model.history == made.history.rows
     assert metrics["stop_reason"].startswith("reached max_epochs; best ")
     best = min(made.history.rows, key=lambda row: row["val_loss"])
     assert (best["val_loss"], best["epoch"]) == (metrics["best_val_loss"], metrics["best_epoch"])
@@ -119,7 +120,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, stopped_after):
     whole, expected = run(tmp_path / "whole")
     run(tmp_path / "parts", replace(IRIS, epochs=stopped_after))
     made, metrics = run(tmp_path / "parts", resume=True)
-    assert made.history.rows == whole.history.rows
+    assert made.history.rows == made.model.history == whole.history.rows
     for name in set(metrics) - {"seconds", "parity_max_loss_diff", "test_opened"}:
         assert metrics[name] == expected[name]
     assert (expected["test_opened"], metrics["test_opened"]) == (1, 2)

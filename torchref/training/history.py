@@ -10,8 +10,9 @@ from torch import distributed
 class History(Callback):
     """Every epoch's metrics in memory, and in the checkpoint.
 
-    ``rows`` holds one dict an epoch: ``epoch``, ``step`` and each logged metric. A resumed run logs
-    the rows of its checkpoint again, so the logger's file has each epoch once.
+    ``rows`` holds one dict an epoch: ``epoch``, ``step`` and each logged metric. While it trains
+    and afterwards the module has the same list as ``history``. A resumed run logs the rows of its
+    checkpoint again, so the logger's file has each epoch once.
 
     Example:
         >>> History().rows
@@ -22,6 +23,7 @@ class History(Callback):
         self.rows: list[dict[str, float]] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        setattr(pl_module, "history", self.rows)  # noqa: B010  whatever module it is
         for row in self.rows:
             for logger in trainer.loggers:
                 metrics = {name: value for name, value in row.items() if name != "step"}

@@ -54,6 +54,8 @@ class Supervised(LightningModule):
 
     score: str
     """The metric that is shown beside the loss."""
+    history: list[dict[str, float]]
+    """Every epoch's metrics, from :class:`History`."""
 
     def __init__(
         self,
@@ -74,6 +76,7 @@ class Supervised(LightningModule):
         self.loss = loss
         self.optimizer_factory = optimizer or partial(torchref.optim.Adam, lr=1e-3)
         self.l1, self.l2 = l1, l2
+        self.history = []
         self._compiled: tuple[Callable[[Tensor], Tensor], ...] = ()
         self.train_score = scores[self.score].clone()
         self.val_scores = scores.clone(prefix="val_")

@@ -36,12 +36,25 @@ class Fitted(nn.Module):
             raise RuntimeError(f"{name}: not fitted; call `fit` with the training split first")
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        *args: Any,
     ) -> None:
+        absent = [prefix + name for name in self.names if prefix + name not in state_dict]
+        if len(absent) == len(self.names):  # of an unfitted one
+            absent = []
         for name in self.names:  # a fresh module has no buffers yet to copy into
-            if getattr(self, name) is None and prefix + name in state_dict:
+            if getattr(self, name) is None and prefix + name in state_dict and not absent:
                 setattr(self, name, torch.empty_like(state_dict[prefix + name]))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        known = len(missing_keys)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, *args
+        )
+        missing_keys += [key for key in absent if key not in missing_keys[known:]]
 
 
 class Scaler(Fitted):
@@ -227,13 +240,16 @@ class ImageNormalize(Scaler):
         shape: tuple[int, int, int] | None = None,
     ) -> None:
         super().__init__()
+        if not 0 < divisor < math.inf:
+            raise ValueError(f"ImageNormalize: expected a finite `divisor` > 0, got {divisor}")
         self.divisor = divisor
         self.shape = shape
         if (mean is None) != (std is None):
             raise ValueError("ImageNormalize: expected both `mean` and `std`, or neither")
         if mean is not None and std is not None:
             self.mean, self.std = torch.tensor(list(mean)), torch.tensor(list(std))
-            if self.mean.shape != self.std.shape or not (self.std > 0).all():
+            finite = torch.cat([self.mean, self.std]).isfinite().all()
+            if self.mean.shape != self.std.shape or not (self.std > 0).all() or not finite:
                 raise ValueError(
                     "ImageNormalize: expected a `mean` and a positive `std` for each channel, got "
                     f"{self.mean.tolist()} and {self.std.tolist()}"
@@ -325,9 +341,10 @@ class Impute(Fitted):
             raise ValueError(f"Impute: column {empty[0].item()} of `data` has no number")
         columns = [column[~column.isnan()] for column in x.double().unbind(1)]
         medians = torch.stack([column.quantile(0.5) for column in columns])
-        self.median = medians.to(x.dtype)
+        medians = medians.to(x.dtype)
         if isinstance(self.then, Fitted):
-            self.then.fit(self._filled(x))
+            self.then.fit(torch.where(x.isnan(), medians, x))
+        self.median = medians  # last: what comes next may refuse the data
         return self
 
     def forward(self, x: Tensor) -> Tensor:
@@ -366,6 +383,8 @@ class _Batches:
             x = batch[0] if isinstance(batch, tuple | list) else batch
             if not isinstance(x, Tensor):
                 raise ValueError(f"{self.name}: expected tensors in `data`, got {type(x)}")
+            if x.is_complex():
+                raise ValueError(f"{self.name}: expected real numbers in `data`, got {x.dtype}")
             if x.is_floating_point():
                 self.dtype = x.dtype
             x = self.rows(x.double())

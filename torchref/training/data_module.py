@@ -103,9 +103,8 @@ class DataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check_range(
-            "batch_size", batch_size, ">= 1 or 'full'", batch_size == "full" or batch_size >= 1
-        )
+        whole = isinstance(batch_size, int) and batch_size >= 1
+        check_range("batch_size", batch_size, ">= 1 or 'full'", batch_size == "full" or whole)
         split = _resolved(split, y, groups, times)
         check_range("gap", gap, "0 but for a chronological split", not gap or split[0] == "c")
         for name, value in (("y", y), ("groups", groups), ("times", times)):
@@ -114,6 +113,13 @@ class DataModule(LightningDataModule):
                     f"DataModule: expected `{name}` of as many samples as `x`, {len(x)}, got "
                     f"{len(value)}"
                 )
+        if y.is_floating_point() and len(bad := (~y.isfinite()).nonzero()):
+            raise ValueError(
+                f"DataModule: expected `y` without NaN and infinity, got "
+                f"{y[tuple(bad[0])].item()} in sample {bad[0, 0].item()}"
+            )
+        for part in [] if test is None else [test]:
+            _check_indices("test", part, len(y))
         if parts is None:
             rest, held = _hold_out(len(y), test)
             ratios = _three(ratios_for(len(y)) if ratios == "auto" else ratios)
@@ -124,7 +130,7 @@ class DataModule(LightningDataModule):
             parts = [rest[p] for p in _share_out(split, shares, gap, seed, y[rest], *keys)]
             parts += [] if held is None else [held]
         self.parts = _three(parts)
-        _check_parts(self.parts)
+        _check_parts(self.parts, len(y))
         self.train, self.val, self.test = (Samples(_rows(x, p), y[p]) for p in self.parts)
         self.batch_size = batch_size
         self.augment = augment
@@ -183,7 +189,14 @@ def _resolved(split: str, y: Tensor, groups: Tensor | None, times: Tensor | None
     return split
 
 
-def _check_parts(parts: Sequence[Tensor]) -> None:
+def _check_indices(name: str, part: Tensor, count: int) -> None:
+    if len(bad := part[(part < 0) | (part >= count)]):
+        raise ValueError(f"{name}: expected indices in [0, {count}), got {bad[0].item()}")
+
+
+def _check_parts(parts: Sequence[Tensor], count: int) -> None:
+    for part in parts:
+        _check_indices("parts", part, count)
     sizes = [len(part) for part in parts]
     check_range("parts", sizes, "two training samples and one of the others", min(sizes) >= 1)
     check_range("parts", sizes, "two training samples or more", sizes[0] >= 2)

@@ -63,12 +63,16 @@ def log_loss(probabilities: Tensor, y: Tensor) -> float:
         probabilities: (samples, classes).
         y: (samples,) int64.
 
+    Raises:
+        ValueError: ``y`` has another length, or a class is out of its range.
+
     Example:
         >>> round(log_loss(torch.tensor([[0.5, 0.5], [0.25, 0.75]]), torch.tensor([0, 1])), 4)
         0.4904
 
     Source: the course, "During Evaluation (e.g., Log Loss / Cross-Entropy)".
     """
+    _check_targets("log_loss", probabilities, y)
     p = probabilities.gather(-1, y[:, None]).clamp_min(torch.finfo(probabilities.dtype).eps)
     return -p.log().mean().item()
 
@@ -87,6 +91,7 @@ def coverage_curve(
 
     Source: El-Yaniv and Wiener, "On the foundations of noise-free selective classification", 2010.
     """
+    _check_targets("coverage_curve", probabilities, y)
     rows = []
     for threshold in thresholds:
         labels = decide(probabilities, threshold)
@@ -94,3 +99,14 @@ def coverage_curve(
         right = (labels == y)[decided].double().mean().item()
         rows.append(Decisions(threshold, decided.double().mean().item(), right))
     return rows
+
+
+def _check_targets(name: str, probabilities: Tensor, y: Tensor) -> None:
+    if y.shape != probabilities.shape[:1]:
+        raise ValueError(
+            f"{name}: expected a class for each of {len(probabilities)} samples in `y`, got "
+            f"{' x '.join(map(str, y.shape)) or 1}"
+        )
+    classes = probabilities.shape[-1]
+    if len(bad := y[(y < 0) | (y >= classes)]):
+        raise ValueError(f"{name}: expected `y` in [0, {classes}), got {bad[0].item()}")

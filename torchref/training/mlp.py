@@ -80,6 +80,8 @@ def build_mlp(
 
     Source: the course, "Hyperparameters of a neural network".
     """
+    check_range("features", features, "> 0", features > 0)
+    check_range("classes", classes, "> 0", classes > 0)
     check_range("depth", depth, ">= 0", depth >= 0)
     check_range("width", width, "> 0", width > 0)
     check_range("dropout", dropout, "in [0, 1)", 0 <= dropout < 1)
@@ -146,6 +148,7 @@ def build_normalizer(name: str = "auto", inputs: dict[str, Any] | None = None) -
     """
     inputs = inputs or {"kind": "table"}
     kind = inputs["kind"]
+    check_choice("kind", kind, ("table", "image", "text"))
     check_choice("normalize", name, ("auto", *SCALERS))
     if kind == "text":
         check_range("normalize", name, "auto, for texts", name == "auto")

@@ -16,7 +16,7 @@ from torchref.autograd import opmath
 from torchref.data.normalize import Standard
 from torchref.nn.functional import softmax
 from torchref.nn.penalty import weight_penalty
-from torchref.training.checks import check_range
+from torchref.training.checks import check_choice, check_range
 from torchref.training.decision import decide
 from torchref.training.mlp import LIBRARIES, build_mlp, build_normalizer, optimizer_factory
 
@@ -322,6 +322,7 @@ class MLPClassifier(Classifier):
     def __init__(
         self, features: int, classes: list[str], library: str = "torchref", **options: Any
     ) -> None:
+        check_choice("library", library, LIBRARIES)
         loss = LIBRARIES[library][0].CrossEntropyLoss()
         parts = _mlp_parts(features, len(classes), library, **options)
         super().__init__(classes=len(classes), loss=loss, **parts)
@@ -341,6 +342,7 @@ class MLPRegressor(Regressor):
     """
 
     def __init__(self, features: int, library: str = "torchref", **options: Any) -> None:
+        check_choice("library", library, LIBRARIES)
         parts = _mlp_parts(features, 1, library, **options)
         super().__init__(loss=LIBRARIES[library][0].MSELoss(), scale=Standard(), **parts)
         self.save_hyperparameters()

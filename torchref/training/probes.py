@@ -124,6 +124,7 @@ def learning_rate_range(
     Source: Smith, "Cyclical Learning Rates for Training Neural Networks", 2017.
     """
     check_range("steps", steps, ">= 20", steps >= 20)
+    check_range("high", high, "finite and > 0", 0 < high < float("inf"))
     check_range("low", low, f"> 0 and below {high}", 0 < low < high)
     model = deepcopy(model).train()
     optimizer = model.configure_optimizers()

@@ -9,6 +9,7 @@ python scripts/train.py predict samples.csv --run runs/digits --threshold 0.9
 """
 
 import csv
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -87,13 +88,18 @@ def train(parser: OneLineParser, argv: list[str]) -> None:
         parser.error(describe(error))
     except SystemExit:  # how Lightning leaves after Ctrl-C
         if run.trainer.interrupted:
-            parser.exit(130, f"interrupted; continue with --resume --name {run.path.name}\n")
+            interrupted(parser, f"interrupted; continue with --resume --name {run.path.name}\n")
         raise
     if run.trainer.is_global_zero:
-        write_report(run, metrics, run.path / "report.html")
         summarize(run, metrics)
+        write_report(run, metrics, run.path / "report.html")
     if metrics["best_epoch"] is None:
         parser.exit(1, "no usable model: val_loss was never finite\n")
+
+
+def interrupted(parser: OneLineParser, message: str = "interrupted\n") -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C while Python ends
+    parser.exit(130, message)
 
 
 def probe(run: Run, args: Any) -> bool:
@@ -262,10 +268,13 @@ def judge(probabilities: Tensor, truth: Tensor) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
+    parser, command = train_parser(), train
     if argv[:1] == ["predict"]:
-        predict(predict_parser(), argv[1:])
-    else:
-        train(train_parser(), argv)
+        parser, command, argv = predict_parser(), predict, argv[1:]
+    try:
+        command(parser, argv)
+    except KeyboardInterrupt:  # before or after training, where Lightning does not catch it
+        interrupted(parser)
 
 
 if __name__ == "__main__":

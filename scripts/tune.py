@@ -7,6 +7,7 @@ python scripts/tune.py --resume --trials 60           what the last one asked fo
 python scripts/train.py --config runs/tune-digits/best.yaml
 """
 
+import shlex
 import sys
 from collections import Counter
 from pathlib import Path
@@ -72,7 +73,8 @@ def summarize(results: Results) -> None:
     files = ", ".join(name for name in SHOWN if (results.path / name).exists())
     print(f"files    {results.path}/ ({files})")
     if results.best is not None:
-        print(f"next     python scripts/train.py --config {results.path / 'best.yaml'}")
+        best = shlex.quote(str(results.path / "best.yaml"))
+        print(f"next     python scripts/train.py --config {best}")
 
 
 def main(argv: list[str] | None = None) -> None:

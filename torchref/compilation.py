@@ -138,22 +138,25 @@ _thread = _Thread()
 
 
 class _Tracing:
-    formula = False  # whether a Compiled asks torch.compile, which sees a constant here
+    formula = 0  # how many Compileds ask torch.compile, which sees a constant here
+    lock = threading.Lock()
 
 
 def traces_formula() -> bool:
     """Whether it is the ``compiled`` backend that traces, and not a user's torch.compile."""
-    return torch.compiler.is_compiling() and _Tracing.formula
+    return torch.compiler.is_compiling() and _Tracing.formula > 0
 
 
 @contextlib.contextmanager
 def _recording() -> Iterator[list[_Call]]:
     calls = _thread.calls = []
-    _Tracing.formula = True
+    with _Tracing.lock:
+        _Tracing.formula += 1
     try:
         yield calls
     finally:
-        _Tracing.formula = False
+        with _Tracing.lock:
+            _Tracing.formula -= 1
         _thread.calls = None
 
 

@@ -173,7 +173,7 @@ def words_for(sizes: tuple[int, ...], device: torch.device, capturing: bool = Fa
     if words is None:
         words = _new_words(sizes).to(device)
         while len(_words) >= 64:
-            del _words[next(iter(_words))]
+            _words.pop(next(iter(_words)), None)  # another thread may have had the same one
         _words[key] = words
     if capturing:
         _for_replays[id(words)] = words

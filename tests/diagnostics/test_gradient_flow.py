@@ -719,3 +719,40 @@ def test_what_runs_compiled_has_norms_but_no_shares():
             assert found[name] == pytest.approx(expected[name], rel=1e-4)
     assert torch.equal(model.net[0].weight, other.net[0].weight)
     assert callback.verdict.name == "healthy"
+
+
+@pytest.mark.parametrize(
+    ("ratio", "verdict"),
+    [
+        (0.05, "healthy"),
+        (0.5, "unclear"),
+        (1.0, "exploding"),
+        (70.0, "exploding"),
+        (math.nan, "exploding"),
+    ],
+)
+def test_a_step_as_long_as_the_weights_leaves_nothing_of_them(ratio, verdict):
+    layers = [LayerFlow(name, 1.0, 1.0, ratio, None, 0.0) for name in ("first", "last")]
+    found = GradientFlow(tuple(layers)).verdict
+    assert found.name == verdict
+    if verdict == "exploding":
+        assert "a step of first is" in found.reason
+
+
+def test_a_buffer_that_the_model_assigns_anew_is_put_back():
+    class Averaging(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+            self.register_buffer("mean", torch.ones(2))
+
+        def forward(self, x):
+            y = self.layers(x)
+            self.mean = 0.9 * self.mean + 0.1 * y.detach().mean(0)
+            return y
+
+    model = Averaging()
+    before = model.mean
+    gradient_flow(model, lambda: model(torch.randn(8, 3)).square().mean())
+    assert model.mean is before
+    assert torch.equal(before, torch.ones(2))

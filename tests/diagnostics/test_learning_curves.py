@@ -162,7 +162,7 @@ def test_what_would_settle_it_is_said():
     def reason(*errors, **options):
         return diagnose(curves(*errors), baseline=0.5, **options).explanation
 
-    assert "give a `target`" in reason(0.18, 0.2)
+    assert "which `target` of diagnose takes" in reason(0.18, 0.2)
     assert "more validation samples or cross-validate" in reason(0.02, 0.065)
     assert "evaluate the training part" in reason(0.4, 0.05)
     assert "still falling: train longer" in reason([0.5 - i / 100 for i in range(40)], 0.5)

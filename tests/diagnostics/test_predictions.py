@@ -243,3 +243,15 @@ def test_a_missing_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchmetrics.functional", None)
     with pytest.raises(ImportError, match=r"pip install 'torchref-triton\[train\]'"):
         confusion_matrix(Y, Y, 2)
+
+
+def test_names_are_written_as_they_are_and_short(tmp_path):
+    """Dollar signs are no mathematics, and a long name leaves room for the picture."""
+    names = [r"$0-$50K", r"$\frac$", "a_b^c", "x" * 300]
+    plot_confusion(torch.eye(4, dtype=torch.int64), tmp_path / "a.svg", names)
+    plot_confusion(torch.eye(4, dtype=torch.int64), tmp_path / "a.png", names)
+    samples = highest_loss(torch.full((4, 4), 0.25), torch.arange(4))
+    plot_worst_images(torch.rand(4, 1, 3, 3), samples, tmp_path / "b.png", names)
+    text = (tmp_path / "a.svg").read_text()
+    assert "x" * 23 + "\u2026" in text
+    assert "x" * 25 not in text

@@ -8,6 +8,7 @@ import torch
 
 import torchref
 from torchref.training import Config, MLPClassifier, MLPRegressor, Run
+from torchref.training.compare import read_run
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -160,6 +161,7 @@ def test_batch_and_stochastic_gradient_descent(tmp_path, batch_size):
     [
         ({"epochs": 0}, "epochs: expected > 0"),
         ({"seed": -1}, "seed: expected in"),
+        ({"start_from_epoch": 6}, "start_from_epoch: expected below epochs, 6, got 6"),
         ({"name": "../x"}, "name: expected a plain folder name"),
         ({"batch_size": 1}, "batch norm needs two samples"),
         ({"threads": 0}, "threads: expected > 0 or auto"),
@@ -442,3 +444,22 @@ def test_threads_are_for_a_run_not_for_good(tmp_path):
     assert torch.get_num_threads() == 1
     Run(replace(DIGITS, width=2048), root=tmp_path)
     assert torch.get_num_threads() >= min(count, 2)
+
+
+def test_a_resumed_run_that_stops_leaves_nothing_of_the_earlier_result(tmp_path, monkeypatch):
+    _, before = run(tmp_path, replace(IRIS, epochs=2))
+    folder = tmp_path / "iris"
+    (folder / "report.html").write_text("of two epochs")
+    made = Run(IRIS, resume=True, root=tmp_path)
+    monkeypatch.setattr(made.trainer, "fit", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        made.execute()
+    assert not (folder / "report.html").exists()
+    assert not (folder / "learning_curves.png").exists()
+    left = json.loads((folder / "metrics.json").read_text())
+    assert left == {"test_opened": 1, "seconds": before["seconds"], "unfinished": True}
+    with pytest.raises(FileNotFoundError, match="no finished run"):
+        read_run(folder)
+    _, after = run(tmp_path, resume=True)
+    assert after["test_opened"] == 2
+    assert after["seconds"] > before["seconds"]

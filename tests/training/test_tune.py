@@ -538,3 +538,14 @@ def test_pictures(tmp_path, values):
 def test_a_sweep_is_of_one_number(tmp_path, texts, drawn):
     results = search(tmp_path, texts, method="grid")
     assert (results.path / "sweep.png").exists() == drawn
+
+
+@pytest.mark.parametrize("name", ["a?b", "x#y", "50%41", "two words"])
+def test_the_study_lies_in_the_folder_whatever_its_name(tmp_path, name):
+    for choices in ("lr=0.1,0.2", "lr=0.3,0.4"):  # a new search knows nothing of the old one
+        config = replace(IRIS, name=name)
+        results = search(tmp_path, [choices], config=config, method="grid")
+        tried = sorted(trial.params["lr"] for trial in results.trials)
+        assert tried == [float(value) for value in choices[3:].split(",")]
+    assert (tmp_path / name / "study.db").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == [name]

@@ -34,6 +34,10 @@ GROWS = tuple(1 / limit for limit in SHRINKS)
 # themselves. Healthy networks lie below 1.
 OVERTHROWS = (10.0, 100.0)
 
+# A step over the weights: as long as they are, it leaves nothing of them. Adam's are its rate times
+# the root of their number, a few hundredths of them.
+OVERSHOOTS = (0.3, 1.0)
+
 # Shares of units and of outputs, in the worst layer. In a deep ReLU network with He initialization
 # and no batch norm a third of the units may be dead from the start, and it still learns.
 DIES = (0.3, 0.75)
@@ -315,9 +319,12 @@ class Probe:
 @contextmanager
 def _buffers_kept(model: nn.Module) -> Iterator[None]:
     before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    names = [(module, dict(module._buffers)) for module in model.modules()]
     try:
         yield
     finally:
+        for module, buffers in names:  # some are assigned anew, as the old one times a factor
+            module._buffers.update(buffers)
         with torch.no_grad():
             for buffer, value in before:
                 buffer.copy_(value)
@@ -472,6 +479,13 @@ def _exploding(layers: Sequence[LayerFlow]) -> Suspicion:
             f"({_shown(x.grad_norm)} and {_shown(x.weight_norm)}; certain from {OVERTHROWS[1]:g})"
         )
         return "exploding", reason, ratio >= OVERTHROWS[1]
+    x = max(layers, key=lambda x: x.update_ratio if math.isfinite(x.update_ratio) else math.inf)
+    if not x.update_ratio <= OVERSHOOTS[0]:
+        reason = (
+            f"a step of {x.layer} is {_shown(x.update_ratio)} times as long as its weights "
+            f"(certain from {OVERSHOOTS[1]:g})"
+        )
+        return "exploding", reason, not x.update_ratio < OVERSHOOTS[1]
     early, late = _ends(layers)
     if late and early > GROWS[0] * late:
         return (

@@ -293,7 +293,8 @@ def _judge(curves: _Curves, levels: _Levels, target: float | None) -> tuple[str,
     if not curves.finite:
         return UNCLEAR, "An error is not finite: lower the learning rate and train again."
     if epochs < 2 * WINDOW:
-        few = f"There are {epochs} epochs, and {2 * WINDOW} are needed to see a trend"
+        are = "is 1 epoch" if epochs == 1 else f"are {epochs} epochs"
+        few = f"There {are}, and {2 * WINDOW} are needed to see a trend"
         return UNCLEAR, f"{few}: train longer."
     fall = max(MOVING, SIGNIFICANT * levels.noise)
     if levels.val_fall > fall or (levels.train > LOW and levels.train_fall > fall):
@@ -321,7 +322,10 @@ def _what_settles(levels: _Levels) -> str:
     if train > HIGH:
         return "Whether both are high is within the noise: take more validation samples."
     if train > LOW or levels.val > LOW:
-        return "Whether that is high depends on what can be reached: give a `target`."
+        return (
+            "Whether that is high depends on what can be reached: an expert's error, say, which "
+            "`target` of diagnose takes."
+        )
     return "Whether both are low is within the noise: take more validation samples."
 
 

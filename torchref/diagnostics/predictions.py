@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torchref.diagnostics.drawing import new_figure
 
+LONGEST_NAME = 24
 COLORS = {"right": "#1f77b4", "wrong": "#d95f02"}
 NUMBERED = 12  # classes up to which the cells of a picture have room for numbers
 
@@ -333,7 +334,7 @@ def plot_confusion(matrix: Tensor, path: str | Path, classes: Sequence[str] | No
         ValueError: ``matrix`` is not square, or there are more or fewer names than classes.
     """
     _check_square("plot_confusion", matrix)
-    names = list(map(str, range(len(matrix)))) if classes is None else list(classes)
+    names = list(map(str, range(len(matrix)))) if classes is None else list(map(_short, classes))
     if len(names) != len(matrix):
         raise ValueError(f"plot_confusion: expected {len(matrix)} `classes`, got {len(names)}")
     matrix = matrix.cpu()
@@ -347,8 +348,8 @@ def plot_confusion(matrix: Tensor, path: str | Path, classes: Sequence[str] | No
             color = "white" if share > 0.5 else "#111111"
             axes.text(j, i, str(int(matrix[i, j])), ha="center", va="center", color=color)
     turn = 90 if max(map(len, names)) > 3 else 0
-    axes.set_xticks(range(len(names)), names, rotation=turn)
-    axes.set_yticks(range(len(names)), names)
+    axes.set_xticks(range(len(names)), names, rotation=turn, parse_math=False)
+    axes.set_yticks(range(len(names)), names, parse_math=False)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     axes.grid(visible=False)
@@ -423,16 +424,22 @@ def plot_worst_images(
         axes.set_axis_off()
     for axes, sample in zip(figure.axes, samples, strict=False):  # the last row may have gaps
         true, predicted = (
-            str(label) if classes is None else classes[label]
+            str(label) if classes is None else _short(classes[label])
             for label in (sample.true, sample.predicted)
         )
         _show(axes, images[sample.index].detach().cpu().float() / high)
         axes.set_title(
             f"true {true}\npredicted {predicted} ({sample.probability:.2f})",
             fontsize="small",
-            color=COLORS["right" if sample.true == sample.predicted else "wrong"],
+            parse_math=False,
         )
     figure.savefig(path, dpi=120)
+
+
+def _short(name: str) -> str:
+    """A name that leaves room for the picture."""
+    name = " ".join(name.split())
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
 
 
 def _show(axes: Any, image: Tensor) -> None:

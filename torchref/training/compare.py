@@ -11,6 +11,7 @@ import yaml
 
 from torchref.diagnostics.drawing import new_figure
 
+TITLES = {"epochs": "epochs trained"}  # of options there is one called so, too
 COLORS = ("#1f77b4", "#d95f02", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22")
 
 
@@ -42,6 +43,8 @@ def read_run(path: str | Path) -> Finished:
             rows = [{k: float(v) for k, v in r.items() if v} for r in csv.DictReader(file)]
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: damaged: {' '.join(str(error).split())}") from None
+    if isinstance(metrics, dict) and metrics.get("unfinished"):
+        raise FileNotFoundError(f"{path}: no finished run (it was resumed and stopped)")
     if not isinstance(config, dict) or not isinstance(metrics, dict):
         raise ValueError(f"{path}: damaged: expected mappings in config.yaml and metrics.json")
     return Finished(path.name, config, metrics, _by_epoch(rows))
@@ -61,7 +64,7 @@ def compare(runs: Sequence[Finished]) -> list[list[str]]:
     differing = [row for row in options if any(value != row[1] for value in row[2:])]
     skipped = ("versions", "seed", "test_opened")
     names = dict.fromkeys(name for run in runs for name in run.metrics if name not in skipped)
-    results = [[name, *(run.metrics.get(name) for run in runs)] for name in names]
+    results = [[TITLES.get(n, n), *(run.metrics.get(n) for run in runs)] for n in names]
     table = [["", *(run.name for run in runs)], *differing, *results]
     return [[_shown(cell) for cell in row] for row in table]
 

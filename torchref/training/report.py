@@ -11,6 +11,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from torch import Tensor
 
 from torchref.diagnostics.drawing import new_figure
@@ -99,8 +100,9 @@ def _result(run: "Run", metrics: dict[str, Any]) -> str:
         lines.append(
             f"Parity: the loss of the same network made of torch.nn differed by {diff:.3g} at most."
         )
-    elif run.parity is not None and run.parity.off:
-        lines.append(f"Parity with torch: off, {run.parity.off}.")
+    else:
+        why = "--no-parity" if run.parity is None else run.parity.off or "no step was finite"
+        lines.append(f"Parity with torch: off, {why}.")
     if metrics.get("test_opened", 1) > 1:
         lines.append(
             f"The test part was opened {metrics['test_opened']} times; what was chosen since the "
@@ -121,10 +123,10 @@ def _curves(run: "Run", metrics: dict[str, Any]) -> str:
     )
     if diagnosis is None:
         return picture
-    return (
-        _verdict(diagnosis.verdict, diagnosis.explanation, diagnosis.notes, diagnosis.fixes)
-        + picture
-    )
+    notes = list(diagnosis.notes)
+    if run.stopping.stopping_reason is EarlyStoppingReason.PATIENCE_EXHAUSTED:
+        notes.append("Early stopping ended the training; a larger --patience lets it go on.")
+    return _verdict(diagnosis.verdict, diagnosis.explanation, notes, diagnosis.fixes) + picture
 
 
 def _diagnosis(run: "Run") -> Diagnosis | None:
@@ -150,16 +152,21 @@ def _flow(run: "Run") -> str:
         "Norm of the gradient and size of a step of each layer.",
         "From the input on the left to the output on the right, on a logarithmic axis.",
     )
-    return (
-        _verdict(verdict.name, verdict.reason, (), verdict.remedies) + picture + _table(head, rows)
-    )
+    notes = []
+    if run.stopping.stopping_reason is EarlyStoppingReason.NON_FINITE_METRIC:
+        notes.append(f"{run.stopping.reason}; what was read before says little.")
+    said = _verdict(verdict.name, verdict.reason, notes, verdict.remedies)
+    return said + picture + _table(head, rows)
 
 
 def _predictions(run: "Run") -> str:
     where = "<p>Of the validation part; the test part is for its score alone.</p>"
     x, y = run.data.val.x, run.data.val.y
     if isinstance(run.model, MLPRegressor):
-        return where + _values(run.model.predict(x), y, run.data.parts[1])
+        predicted = run.model.predict(x)
+        return (
+            where + _values(predicted, y, run.data.parts[1]) if predicted.isfinite().all() else ""
+        )
     classes = run.dataset.classes or []
     p = run.model.predict_proba(x)
     if not p.isfinite().all():
@@ -224,13 +231,11 @@ def _worst(run: "Run", p: Tensor, y: Tensor) -> str:
         rows.append([*row, s.probability, s.loss])
         if run.dataset.kind == "text":
             rows[-1].append(str(run.data.val.x[s.index])[:LONGEST_TEXT])
-    head = ["sample", "true", "predicted", "probability", "loss"]
+    head = ["sample (from 0)", "true", "predicted", "probability", "loss"]
     return title + _table(head + ["text"] * (run.dataset.kind == "text"), rows)
 
 
 def _values(predicted: Tensor, y: Tensor, places: Tensor) -> str:
-    if not predicted.isfinite().all():
-        return ""
     worst = worst_values(predicted, y)
     rows = [[int(places[s.index]), s.true, s.predicted, s.residual] for s in worst]
     picture = _figure(
@@ -238,7 +243,7 @@ def _values(predicted: Tensor, y: Tensor, places: Tensor) -> str:
         "Predicted against true values.",
         "On the dashed line they are equal.",
     )
-    head = ["sample", "true", "predicted", "residual"]
+    head = ["sample (from 0)", "true", "predicted", "residual"]
     return f"{picture}<h3>Largest residuals</h3>{_table(head, rows)}"
 
 
@@ -317,8 +322,10 @@ def _figure(draw: Callable[[Path], None], alt: str, caption: str) -> str:
         draw(path)
         svg = _inlined(path.read_text("utf-8"), alt)
     text = f"{escape(alt)} {escape(caption)}"
+    width, height = map(float, re.findall(r'(?:width|height)="([\d.]+)pt"', svg)[:2])
+    wide = " wide" if width > 1.5 * height else ""
     return (
-        f'<figure><div class="scroll" tabindex="0">{svg}</div>'
+        f'<figure><div class="scroll{wide}" tabindex="0">{svg}</div>'
         f"<figcaption>{text}</figcaption></figure>"
     )
 

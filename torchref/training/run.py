@@ -7,7 +7,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,14 @@ THREADS = torch.get_num_threads()  # before a run changes them
 FIXED_ON_RESUME = (*NETWORK, *DATA)
 
 
+@dataclass(frozen=True)
+class Earlier:
+    """Of what a run resumes: how often it opened its test part, and how long it took."""
+
+    test_opened: int = 0
+    seconds: float = 0.0
+
+
 class Run:
     """Train, restore the best weights, open the test set once, and write ``root/<name>/``.
 
@@ -97,6 +105,12 @@ class Run:
     ) -> None:
         check_range("epochs", config.epochs, "> 0", config.epochs > 0)
         check_range("seed", config.seed, "in [0, 4294967295]", 0 <= config.seed < 2**32)
+        check_range(
+            "start_from_epoch",
+            config.start_from_epoch,
+            f"below epochs, {config.epochs}",
+            config.start_from_epoch < config.epochs,
+        )
         folder = config.folder
         if config.batch_size == 1 and config.batch_norm and config.depth:
             raise ValueError(
@@ -134,7 +148,7 @@ class Run:
         )
         self.history = History()
         self.gradients = GradientFlowCallback()
-        self.opened_before = 0
+        self.before = Earlier()
         if resume:
             self._check_resume()
         seed_everything(config.seed, verbose=False)
@@ -190,7 +204,7 @@ class Run:
                 f"resume: the samples, targets or names of {self.config.dataset} are other than "
                 f"those of {self.path} (fingerprint {data}, now {self.data.fingerprint})"
             )
-        self.opened_before = _opened(self.path / "metrics.json")
+        self.before = _earlier(self.path / "metrics.json")
         epochs = self.config.epochs
         check_range("epochs", epochs, f"more than the {done} done", epochs > done)
 
@@ -252,13 +266,13 @@ class Run:
             self.trainer.save_checkpoint(self.path / "best.ckpt", weights_only=True)
         metrics = {
             **(self._test() if test else {}),
-            "test_opened": self.opened_before + self.data.test_opened,
+            "test_opened": self.before.test_opened + self.data.test_opened,
             "best_val_loss": best,
             "best_epoch": best_epoch,
             "epochs": len(self.history.rows),
             "stop_reason": self.stopping.reason,
             "parity_max_loss_diff": self.parity.max_loss_diff if self.parity else None,
-            "seconds": round(time.perf_counter() - begin, 2),
+            "seconds": round(self.before.seconds + time.perf_counter() - begin, 2),
             "seed": self.config.seed,
             "versions": versions(),
         }
@@ -278,7 +292,11 @@ class Run:
     @rank_zero_only
     def _clear(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        if not self.resume:
+        if self.resume:  # what came of the earlier part is not what comes of the whole
+            for name in ("report.html", "learning_curves.png"):
+                (self.path / name).unlink(missing_ok=True)
+            self._write_metrics({**asdict(self.before), "unfinished": True})
+        else:
             for name in FILES:
                 (self.path / name).unlink(missing_ok=True)
             for events in self.path.glob("events.out.tfevents.*"):  # TensorBoard's
@@ -287,13 +305,15 @@ class Run:
 
     @rank_zero_only
     def _write(self, metrics: dict[str, Any]) -> None:
-        (self.path / "metrics.json").write_text(
-            json.dumps(metrics, indent=2, allow_nan=False) + "\n"
-        )
+        self._write_metrics(metrics)
         if self.config.augment_picture:
             self._draw_augmented()
         picture = self.path / "learning_curves.png"
         plot_learning_curves(self.history.rows, picture, metrics["best_epoch"])
+
+    def _write_metrics(self, metrics: dict[str, Any]) -> None:
+        text = json.dumps(metrics, indent=2, allow_nan=False)
+        (self.path / "metrics.json").write_text(text + "\n")
 
     def _draw_augmented(self) -> None:
         augment, data = self.data.augment, self.dataset
@@ -353,12 +373,12 @@ def _inputs(dataset: Dataset, config: Config) -> dict[str, Any]:
     return {"kind": "table", "missing": config.missing == "impute", "columns": columns}
 
 
-def _opened(metrics: Path) -> int:
-    """How often a run has opened its test part."""
+def _earlier(metrics: Path) -> Earlier:
     if not metrics.exists():
-        return 0
+        return Earlier()
     try:
-        return int(json.loads(metrics.read_text())["test_opened"])
+        found = json.loads(metrics.read_text())
+        return Earlier(int(found["test_opened"]), float(found["seconds"]))
     except (ValueError, TypeError, KeyError):
         raise ValueError(f"resume: {metrics} is damaged") from None
 

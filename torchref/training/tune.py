@@ -568,9 +568,11 @@ def run_optuna(plan: Plan, objective: Objective) -> list[Trial]:
 
 def _storage(plan: Plan) -> "optuna.storages.RDBStorage":
     import optuna
+    from sqlalchemy import URL
 
+    # not f"sqlite:///...", which takes what follows a ? in a folder's name for options
     return optuna.storages.RDBStorage(
-        f"sqlite:///{plan.path / 'study.db'}",
+        str(URL.create("sqlite", database=str(plan.path / "study.db"))),
         engine_kwargs={"connect_args": {"timeout": 60}},  # seconds that a writer waits
     )
 

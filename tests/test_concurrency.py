@@ -169,7 +169,6 @@ def test_a_backend_is_chosen_for_the_whole_process():
     assert in_threads(lambda _: torchref.get_backend()) == ["auto"] * THREADS
 
 
-@pytest.mark.xfail(strict=True, reason="the block that ends last restores what the first had set")
 def test_blocks_that_overlap_in_two_threads_leave_the_choice_as_it_was():
     entered, left = threading.Event(), threading.Event()
 

@@ -32,6 +32,15 @@ def test_choices_nest_and_survive_errors():
     assert torchref.get_backend() == "auto"
 
 
+def test_a_choice_inside_a_block_holds_to_its_end():
+    with torchref.backend("reference"):
+        torchref.set_backend("compiled")
+        with torchref.backend("auto"):
+            pass
+        assert torchref.get_backend() == "compiled"
+    assert torchref.get_backend() == "auto"
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="expected one of auto.*got 'cuda'"):
         torchref.set_backend("cuda")

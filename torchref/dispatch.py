@@ -31,7 +31,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -54,6 +54,7 @@ def _checked(name: str, source: str) -> str:
 
 class _Process:
     choice = _checked(os.environ.get("TORCHREF_BACKEND", "auto"), "TORCHREF_BACKEND")
+    blocks: ClassVar[list[list[str]]] = []  # what is chosen outside, then in each open block
 
 
 class _Thread(threading.local):
@@ -86,10 +87,9 @@ def set_backend(name: str) -> None:
         'reference'
         >>> torchref.set_backend("auto")
     """
-    _checked(name, "set_backend")
-    if name == "triton" and (reason := why_no_kernels()):
-        raise RuntimeError(f"set_backend: the triton backend cannot run here: {reason}")
-    _process.choice = name
+    _choose(name)
+    if _process.blocks:
+        _process.blocks[-1][0] = name
 
 
 @contextlib.contextmanager
@@ -102,12 +102,22 @@ def backend(name: str) -> Iterator[None]:
         >>> y
         tensor([0., 2.])
     """
-    before = _process.choice
-    set_backend(name)
+    outside, block = _process.choice, [name]
+    _choose(name)
+    _process.blocks = [*(_process.blocks or [[outside]]), block]
     try:
         yield
-    finally:
-        _process.choice = before
+    finally:  # those of several threads may end in another order than they began
+        left = [other for other in _process.blocks if other is not block]
+        _process.choice = left[-1][0]
+        _process.blocks = left if len(left) > 1 else []
+
+
+def _choose(name: str) -> None:
+    _checked(name, "set_backend")
+    if name == "triton" and (reason := why_no_kernels()):
+        raise RuntimeError(f"set_backend: the triton backend cannot run here: {reason}")
+    _process.choice = name
 
 
 class kept:

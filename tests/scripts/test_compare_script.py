@@ -1,11 +1,14 @@
 import pytest
 from compare import main
-from test_compare import write_run
 
 
 def test_a_table_side_by_side(tmp_path, capsys):
     for name, lr in (("a", 0.1), ("b", 0.25)):
-        write_run(tmp_path / name, {"lr": lr}, {"test_accuracy": 0.9})
+        run = tmp_path / name
+        run.mkdir()
+        (run / "config.yaml").write_text(f"lr: {lr}\n")
+        (run / "metrics.json").write_text('{"test_accuracy": 0.9}')
+        (run / "metrics.csv").write_text("epoch,train_loss,val_loss\n0,,2.0\n0,1.5,\n")
     main([str(tmp_path / "a"), str(tmp_path / "b"), "--picture", str(tmp_path / "c.png")])
     assert capsys.readouterr().out == (
         "               a    b\nlr             0.1  0.25\ntest_accuracy  0.9  0.9\n"

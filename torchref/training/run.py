@@ -1,12 +1,14 @@
 """One training run, from its configuration to the files it leaves."""
 
+import errno
 import json
 import logging
 import math
 import os
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
@@ -255,7 +258,14 @@ class Run:
 
         Args:
             test: whether the test part is opened; its scores are left out otherwise.
+
+        Raises:
+            OSError: the folder cannot be written, or another run is writing to it.
         """
+        with self._alone():
+            return self._execute(test)
+
+    def _execute(self, test: bool) -> dict[str, Any]:
         begin = time.perf_counter()
         self._clear()
         resumed = {"ckpt_path": self.path / "last.ckpt"} if self.resume else {}
@@ -282,6 +292,25 @@ class Run:
         }
         self._write(metrics)
         return metrics
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other runs out of the folder."""
+        if not self.trainer.is_global_zero:
+            yield
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            text = "another run is writing to it; --name names another folder"
+            raise OSError(errno.EBUSY, text, str(self.path)) from None
+        try:
+            yield
+        finally:
+            (self.path / ".lock").unlink(missing_ok=True)  # while it is held: nobody waits for it
+            lock.release()
 
     def _test(self) -> dict[str, Any]:
         self.trainer.test(self.model, datamodule=self.data, verbose=False)

@@ -31,7 +31,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -54,7 +54,9 @@ def _checked(name: str, source: str) -> str:
 
 class _Process:
     choice = _checked(os.environ.get("TORCHREF_BACKEND", "auto"), "TORCHREF_BACKEND")
-    blocks: ClassVar[list[list[str]]] = []  # what is chosen outside, then in each open block
+
+    def __init__(self) -> None:
+        self.blocks: list[list[str]] = []  # what is chosen outside, then in each open block
 
 
 class _Thread(threading.local):

@@ -76,7 +76,7 @@ def test_it_says_how_it_went(iris):
     assert f"{metrics['test_accuracy']:.4g}" in shown
     assert metrics["stop_reason"] in shown
     assert f"differed by {metrics['parity_max_loss_diff']:.3g} at most" in shown
-    assert run.dataset.fingerprint() in shown
+    assert run.dataset.fingerprint in shown
     assert metrics["versions"]["torch"] in shown
     assert "Seed 0. Other than the defaults: dataset iris, epochs 12" in shown
     titles = ["Result", "Learning curves", "Gradient flow", "Predictions", "Data", "Configuration"]

@@ -4,6 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,6 +88,7 @@ class Dataset:
             raise ValueError(f"images: this is a set of {self.kind}, not of images")
         return self.x.unflatten(1, self.shape)
 
+    @cached_property
     def fingerprint(self) -> str:
         """Twelve digits that change when a sample, a target or a name does."""
         digest = hashlib.sha256()

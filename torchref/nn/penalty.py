@@ -40,10 +40,12 @@ def weight_penalty(module: torch.nn.Module, l1: float = 0.0, l2: float = 0.0) ->
     for name, value in (("l1", l1), ("l2", l2)):
         if not 0 <= value < float("inf"):
             raise ValueError(f"weight_penalty: expected `{name}` finite and >= 0, got {value}")
-    weights = _weights(module)
+    weights = _weights(module) if l1 or l2 else []
     terms = [l1 * w.abs().sum() for w in weights] if l1 else []
     terms += [l2 * w.square().sum() for w in weights] if l2 else []
-    return sum(terms[1:], terms[0]) if terms else torch.zeros(())
+    if terms:
+        return sum(terms[1:], terms[0])
+    return next(module.parameters(), torch.empty(())).new_zeros(())  # made on its device
 
 
 def _weights(module: torch.nn.Module) -> list[Tensor]:

@@ -22,8 +22,7 @@ from torchref.data import kfold
 from torchref.data.datasets import Dataset
 from torchref.training.checks import check_choice, check_range
 from torchref.training.config import Config, versions
-from torchref.training.data_module import DataModule
-from torchref.training.run import FILES, Run
+from torchref.training.run import FILES, Run, data_module
 
 SPLIT_OF = {"time": "chronological", "grouped": "grouped"}  # no other method goes with these
 METHOD_OF = {"chronological": "time", "grouped": "grouped", "random": "plain"}
@@ -125,18 +124,8 @@ class CrossValidation:
         """Training and inner validation part, in the proportion that the configuration has."""
         outside = torch.ones(len(self.dataset.y), dtype=torch.bool)
         outside[others] = False
-        data = DataModule(
-            self.dataset.x,
-            self.dataset.y,
-            split=self.config.split,
-            ratios=self.config.ratios or "auto",
-            gap=self.config.gap,
-            groups=self.dataset.groups,
-            times=self.dataset.times,
-            test=outside.nonzero().flatten(),
-            seed=self.config.seed,
-        )
-        train, val, _ = data.parts
+        dataset = replace(self.dataset, test=outside.nonzero().flatten())
+        train, val, _ = data_module(self.config, dataset).parts
         return train, val
 
     def execute(

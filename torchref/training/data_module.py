@@ -38,7 +38,7 @@ class Samples(Dataset):
         return self.x[index], self.y[index]
 
     def __getitems__(self, indices: list[int]) -> tuple[Any, Tensor]:
-        return _rows(self.x, index := torch.as_tensor(indices)), self.y[index]
+        return take(self.x, index := torch.as_tensor(indices)), self.y[index]
 
 
 class DataModule(LightningDataModule):
@@ -131,7 +131,7 @@ class DataModule(LightningDataModule):
             parts += [] if held is None else [held]
         self.parts = _three(parts)
         _check_parts(self.parts, len(y))
-        self.train, self.val, self.test = (Samples(_rows(x, p), y[p]) for p in self.parts)
+        self.train, self.val, self.test = (Samples(take(x, p), y[p]) for p in self.parts)
         self.batch_size = batch_size
         self.augment = augment
         self.reopen_test = reopen_test
@@ -205,7 +205,8 @@ def _check_parts(parts: Sequence[Tensor], count: int) -> None:
     check_range("parts", sizes, "each sample in one part at most", alone)
 
 
-def _rows(x: Tensor | Texts, index: Tensor) -> Any:
+def take(x: Tensor | Texts, index: Tensor) -> Any:
+    """Some samples, of tensors or of texts."""
     return x[index] if isinstance(x, Tensor) else [x[i] for i in index.tolist()]
 
 

@@ -113,7 +113,7 @@ class Supervised(LightningModule):
         options = {"on_step": False, "on_epoch": True, "batch_size": len(batch[1])}
         self.log("train_loss", loss, sync_dist=True, **options)
         self.log(f"train_{self.score}", self.train_score, **options)
-        return loss + self.penalty().to(loss.device)
+        return loss + self.penalty()
 
     def validation_step(self, batch: tuple[Any, Tensor], batch_idx: int = 0) -> None:
         self._evaluate_batch("val", self.val_scores, batch)

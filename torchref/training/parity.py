@@ -76,7 +76,7 @@ class Parity(Callback):
         x, y = batch
         device = y.device  # x may be texts
         with torch.random.fork_rng([device] if y.is_cuda else [], device_type=device.type):
-            loss = self.twin.cost(x, y)[0] + self.twin.penalty().to(y.device)
+            loss = self.twin.cost(x, y)[0] + self.twin.penalty()
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()

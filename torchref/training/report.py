@@ -266,7 +266,7 @@ def _data(run: "Run") -> str:
         head += dataset.classes
         for row, part in zip(rows, parts.values(), strict=True):
             row += part.y.bincount(minlength=len(dataset.classes)).tolist()
-    about = f"{dataset.kind}s, fingerprint of samples and targets: {dataset.fingerprint()}"
+    about = f"{dataset.kind}s, fingerprint of samples and targets: {dataset.fingerprint}"
     return f"<p>{escape(run.config.dataset)}: {escape(about)}</p>{_table(head, rows)}"
 
 

@@ -124,8 +124,8 @@ class Run:
         self.resume = resume
         torchref.set_backend(config.backend)
         self.dataset = load(config) if dataset is None else dataset
-        self.data = _data_module(config, self.dataset, parts)
-        self.data.fingerprint = self.dataset.fingerprint()
+        self.data = data_module(config, self.dataset, parts)
+        self.data.fingerprint = self.dataset.fingerprint
         full = config.batch_size == "full"
         _set_threads(config, len(self.data.train) if full else int(config.batch_size))
         inputs = _inputs(self.dataset, config)
@@ -374,7 +374,10 @@ def load(config: Config) -> Dataset:
     )
 
 
-def _data_module(config: Config, dataset: Dataset, parts: Sequence[Tensor] | None) -> DataModule:
+def data_module(
+    config: Config, dataset: Dataset, parts: Sequence[Tensor] | None = None
+) -> DataModule:
+    """The parts of a data set that a configuration asks for."""
     return DataModule(
         dataset.x,
         dataset.y,

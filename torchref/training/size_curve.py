@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchref.data.datasets import Dataset
 from torchref.training.config import Config
+from torchref.training.data_module import take
 from torchref.training.run import Run, load
 
 
@@ -91,10 +91,8 @@ def _nested(dataset: Dataset, train: Tensor, split: str, seed: int, count: int) 
 
 def _error(run: Run, dataset: Dataset, index: Tensor, train: Tensor) -> float:
     """Of the model as it predicts: without dropout and augmentation."""
-    x: Any = dataset.x
     y = dataset.y[index]
-    x = x[index] if isinstance(x, Tensor) else [x[i] for i in index.tolist()]
-    predicted = run.model.predict(x)
+    predicted = run.model.predict(take(dataset.x, index))
     if dataset.classes is not None:
         return (predicted != y).double().mean().item()
     scale = dataset.y[train].double().var(correction=0).item() or 1.0

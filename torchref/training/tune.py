@@ -23,6 +23,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torchref.data.augment import image, tabular, text
 from torchref.data.datasets import Dataset
 from torchref.data.normalize import SCALERS
+from torchref.diagnostics.drawing import new_figure
 from torchref.training.checks import check_choice, check_range
 from torchref.training.config import NETWORK, Config, options
 from torchref.training.curves import COLORS, LABELS
@@ -930,15 +931,8 @@ def _spans_decades(values: Sequence[float]) -> bool:
 
 
 def _figure(title: str, label: str, size: tuple[float, float]) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)  # no pyplot: it would pick a screen and keep the figure
-    axes = figure.subplots()
+    figure, axes = new_figure(size)
     axes.set_title(title)
     axes.set_xlabel(label)
-    axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
     return figure, axes

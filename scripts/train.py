@@ -50,7 +50,13 @@ def train_parser() -> OneLineParser:
         "`train.py predict --help` tells how to use the result.",
     )
     add_config(parser)
-    parser.add_argument("--resume", action="store_true", help="continue the run of that name")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="last",
+        choices=("last", "previous"),
+        help="continue the run of that name, from last.ckpt or, if that is damaged, the one before",
+    )
     parser.add_argument(
         "--overfit_batch",
         action="store_true",

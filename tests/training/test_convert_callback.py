@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import torchref
-from torchref.training import ConvertCallback, RandomState, SyncBatchNormPlugin
+from torchref.training import ConvertCallback, ExactResume, SyncBatchNormPlugin
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -72,7 +72,7 @@ def trainer_of(folder, *callbacks, epochs: int = 3, precision: str = "32-true", 
         max_epochs=epochs,
         accelerator="cpu",
         default_root_dir=folder,
-        callbacks=[RandomState(), *callbacks],
+        callbacks=[ExactResume(), *callbacks],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,

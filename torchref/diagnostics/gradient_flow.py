@@ -1,7 +1,7 @@
 """How the gradient reaches each layer, what activations do to it, and a verdict in words."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -277,6 +277,17 @@ class Probe:
                 shares = {"saturated": self._saturated(layer), "dead": self._dead(layer)}
                 rows.append((layer, {"layer": self.names[layer], **row, **shares}))
         return rows
+
+    def alive_units(self) -> list[tuple[str, str, Tensor]]:
+        """What :attr:`alive` holds, by the names of the modules, for a checkpoint."""
+        names = {module: name for name, module in self.model.named_modules()}
+        return [(names[of], names[module], x) for (of, module, _), x in self.alive.items()]
+
+    def set_alive_units(
+        self, units: Iterable[tuple[str, str, Tensor]], device: torch.device
+    ) -> None:
+        named = self.model.get_submodule
+        self.alive = {(named(of), named(module), len(x)): x.to(device) for of, module, x in units}
 
     def _enter_layer(self, module: nn.Module, args: Any) -> None:
         if not torch.compiler.is_compiling():  # else the graph would keep what is seen here

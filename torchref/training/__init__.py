@@ -8,6 +8,9 @@ except ModuleNotFoundError as error:
         f"torchref.training: {error.name} is missing: pip install 'torchref-triton[train]'"
     ) from error
 
+from torchref.training.checkpoint import AtomicCheckpointIO as AtomicCheckpointIO
+from torchref.training.checkpoint import LastCheckpoint as LastCheckpoint
+from torchref.training.checkpoint import read_checkpoint as read_checkpoint
 from torchref.training.config import Config as Config
 from torchref.training.convert import ConvertCallback as ConvertCallback
 from torchref.training.convert import SyncBatchNormPlugin as SyncBatchNormPlugin
@@ -21,7 +24,6 @@ from torchref.training.early_stopping import EarlyStopping as EarlyStopping
 from torchref.training.early_stopping import RestoreBest as RestoreBest
 from torchref.training.gradient_flow import GradientFlowCallback as GradientFlowCallback
 from torchref.training.history import History as History
-from torchref.training.history import RandomState as RandomState
 from torchref.training.mlp import build_mlp as build_mlp
 from torchref.training.mlp import build_normalizer as build_normalizer
 from torchref.training.mlp import build_optimizer as build_optimizer
@@ -30,9 +32,12 @@ from torchref.training.module import MLPClassifier as MLPClassifier
 from torchref.training.module import MLPRegressor as MLPRegressor
 from torchref.training.module import Regressor as Regressor
 from torchref.training.module import Supervised as Supervised
+from torchref.training.non_finite import StopOnNonFinite as StopOnNonFinite
 from torchref.training.parity import Parity as Parity
 from torchref.training.probes import learning_rate_range as learning_rate_range
 from torchref.training.probes import overfit_one_batch as overfit_one_batch
 from torchref.training.report import write_report as write_report
+from torchref.training.resume import ExactResume as ExactResume
+from torchref.training.resume import ResumableDataLoader as ResumableDataLoader
 from torchref.training.run import Run as Run
 from torchref.training.size_curve import learning_curve_over_size as learning_curve_over_size

@@ -123,6 +123,9 @@ class Config:
         "by the training part: standard, minmax, robust, image, none; auto is image for images, "
         "tf-idf for texts, else standard",
     )
+    save_every: int | None = _option(
+        None, "batches after which last.ckpt is written, besides the ends of epochs, >= 1"
+    )
     seed: int = _option(0, "of the split, the weights, the order and dropout")
     name: str | None = _option(None, "folder under runs/, replaced if it exists; default: dataset")
     accelerator: str = _option("auto", "Lightning's: auto, cpu, gpu, ...")

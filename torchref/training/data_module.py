@@ -1,12 +1,13 @@
 """The three parts of a data set as Lightning asks for them."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset
 
 from torchref.data.normalize import Fitted
 from torchref.data.split import (
@@ -17,6 +18,7 @@ from torchref.data.split import (
     stratified_split,
 )
 from torchref.training.checks import check_choice, check_range
+from torchref.training.resume import ResumableDataLoader
 
 EVALUATION_BATCH = 1024
 SPLITS = ("auto", "stratified", "random", "chronological", "grouped")
@@ -154,10 +156,17 @@ class DataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         world_size = self.trainer.world_size if self.trainer else 1
         rank = self.trainer.global_rank if self.trainer else 0
-        sampler = DistributedSampler(self.train, world_size, rank, shuffle=True, seed=self.seed)
-        size = len(sampler) if self.batch_size == "full" else int(self.batch_size)
-        alone = size > 1 and len(sampler) % size == 1
-        return DataLoader(self.train, size, sampler=sampler, drop_last=alone, collate_fn=_as_it_is)
+        share = math.ceil(len(self.train) / world_size)
+        size = share if self.batch_size == "full" else int(self.batch_size)
+        return ResumableDataLoader(
+            self.train,
+            size,
+            seed=self.seed,
+            num_replicas=world_size,
+            rank=rank,
+            drop_last=size > 1 and share % size == 1,
+            collate_fn=_as_it_is,
+        )
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(self.val, EVALUATION_BATCH, collate_fn=_as_it_is)

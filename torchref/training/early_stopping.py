@@ -69,8 +69,9 @@ class EarlyStopping(callbacks.EarlyStopping):
 
     Lightning's callback stops; this one also keeps a copy of the best weights and buffers, puts it
     back when fitting ends for whatever reason, and words the reason. A NaN or infinite metric stops
-    training and is never the best. Copy and counters are part of the checkpoint. Epochs count from
-    0, as Lightning's do.
+    training and is never the best. Copy and counters are part of the checkpoint, and training that
+    had stopped stops again when it is resumed, unless it may be more patient by then. Epochs count
+    from 0, as Lightning's do.
 
     Args:
         monitor: a logged metric.
@@ -108,12 +109,20 @@ class EarlyStopping(callbacks.EarlyStopping):
         self.best_epoch: int | None = None
         self.best_state: dict[str, Tensor] | None = None
         self.reason = "not started"
+        self._became = ""  # the metric that stopped it: NaN or infinite
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.stopping_reason is not EarlyStoppingReason.NOT_STOPPED:  # by the checkpoint
+            trainer.should_stop = True
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.current_epoch < self.start_from_epoch:
             return
         before = self.best_score
         super().on_validation_end(trainer, pl_module)
+        if self.stopping_reason is EarlyStoppingReason.NON_FINITE_METRIC:
+            value = trainer.callback_metrics[self.monitor]
+            self._became = "NaN" if value.isnan() else "infinite"
         if self.best_score is not before:
             self.best_epoch = trainer.current_epoch
             self.best_state = copied_state(pl_module)
@@ -132,9 +141,7 @@ class EarlyStopping(callbacks.EarlyStopping):
             plural = "s" if self.wait_count > 1 else ""
             return f"{self.monitor} did not improve for {self.wait_count} {checks}{plural}; {best}"
         if self.stopping_reason is EarlyStoppingReason.NON_FINITE_METRIC:
-            value = trainer.callback_metrics[self.monitor]
-            became = "NaN" if value.isnan() else "infinite"
-            return f"{self.monitor} became {became} at epoch {self.stopped_epoch}; {best}"
+            return f"{self.monitor} became {self._became} at epoch {self.stopped_epoch}; {best}"
         limit = (
             "max_epochs" if trainer.current_epoch == trainer.max_epochs else "the Trainer's limit"
         )
@@ -145,13 +152,17 @@ class EarlyStopping(callbacks.EarlyStopping):
             **super().state_dict(),
             "best_epoch": self.best_epoch,
             "best_state": self.best_state,
+            "became": self._became,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         patience = self.patience
         super().load_state_dict(state_dict)
         self.patience = patience  # a resumed run may be more patient than it was
-        self.stopping_reason = EarlyStoppingReason.NOT_STOPPED
+        waits = self.stopping_reason is EarlyStoppingReason.PATIENCE_EXHAUSTED
+        if waits and self.wait_count < patience:
+            self.stopping_reason = EarlyStoppingReason.NOT_STOPPED
+        self._became = state_dict.get("became", "")
         self.best_epoch = state_dict["best_epoch"]
         self.best_state = state_dict["best_state"]
 

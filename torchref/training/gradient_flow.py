@@ -70,6 +70,7 @@ class GradientFlowCallback(Callback):
         self._unread: list[dict[str, Any]] = []  # rows whose numbers are on the device
         self._step = 0
         self._logged = 0
+        self._resumed: list[Any] = []  # units that were alive in the epoch of the checkpoint
 
     @property
     def flow(self) -> GradientFlow:
@@ -86,14 +87,19 @@ class GradientFlowCallback(Callback):
         """See :class:`torchref.diagnostics.GradientFlow`."""
         return self.flow.verdict
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._logged = 0
         self._log(trainer)  # the checkpoint's rows: a resumed run's logger begins anew
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.off = None
         if any(hasattr(p, "full_tensor") for p in pl_module.parameters()):
             self.off = "weights are sharded over processes"
         reads = trainer.is_global_zero and self.off is None
         self._probe = Probe(pl_module) if reads else None
+        if self._probe is not None:
+            self._probe.set_alive_units(self._resumed, pl_module.device)
+        self._resumed = []
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -151,10 +157,14 @@ class GradientFlowCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         self._read()
-        return {"rows": self.rows}
+        return {
+            "rows": self.rows,
+            "alive": [] if self._probe is None else self._probe.alive_units(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rows = list(state_dict["rows"])
+        self._resumed = state_dict.get("alive", [])
 
     def _stop(self) -> None:
         if self._probe is not None:

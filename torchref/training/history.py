@@ -1,10 +1,8 @@
-"""What a resumed run needs besides weights: the epochs so far and the state of the randomness."""
+"""Every epoch's metrics, in memory and in the checkpoint."""
 
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import distributed
 
 
 class History(Callback):
@@ -22,7 +20,7 @@ class History(Callback):
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         setattr(pl_module, "history", self.rows)  # noqa: B010  whatever module it is
         for row in self.rows:
             for logger in trainer.loggers:
@@ -39,31 +37,3 @@ class History(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rows = list(state_dict["rows"])
-
-
-class RandomState(Callback):
-    """Put torch's random generators back where the checkpoint left them.
-
-    With it, and an order of samples that depends on seed and epoch alone, a run resumed at the end
-    of an epoch draws the dropout masks and augmentations that the uninterrupted run drew. Of
-    several processes each has a state of its own; a run that goes on with another number of them
-    begins anew from the first one's.
-    """
-
-    def state_dict(self) -> dict[str, Any]:
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-        own = {"cpu": torch.get_rng_state(), "cuda": cuda}
-        if not (distributed.is_available() and distributed.is_initialized()):
-            return {"processes": [own]}
-        states: list[Any] = [None] * distributed.get_world_size()
-        distributed.all_gather_object(states, own)  # every process makes a checkpoint, one saves it
-        return {"processes": states}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        states = state_dict["processes"]
-        several = distributed.is_available() and distributed.is_initialized()
-        same = several and len(states) == distributed.get_world_size()
-        state = states[distributed.get_rank() if same else 0]
-        torch.set_rng_state(state["cpu"].cpu())
-        if len(state["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all([state.cpu() for state in state["cuda"]])

@@ -7,7 +7,13 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torchmetrics import MeanAbsoluteError, MeanSquaredError, MetricCollection, R2Score
+from torchmetrics import (
+    MeanAbsoluteError,
+    MeanMetric,
+    MeanSquaredError,
+    MetricCollection,
+    R2Score,
+)
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 import torchref
@@ -78,6 +84,9 @@ class Supervised(LightningModule):
         self.l1, self.l2 = l1, l2
         self.history = []
         self._compiled: tuple[Callable[[Tensor], Tensor], ...] = ()
+        # A metric, and not Lightning's mean of what is logged: its state can be saved and restored
+        # in the middle of an epoch. A NaN stays one.
+        self.train_loss = MeanMetric(nan_strategy="disable")
         self.train_score = scores[self.score].clone()
         self.val_scores = scores.clone(prefix="val_")
         self.test_scores = scores.clone(prefix="test_")
@@ -111,7 +120,8 @@ class Supervised(LightningModule):
         loss, output = self.cost(*batch)
         self._update(self.train_score, output, batch[1])
         options = {"on_step": False, "on_epoch": True, "batch_size": len(batch[1])}
-        self.log("train_loss", loss, sync_dist=True, **options)
+        self.train_loss.update(loss.detach(), len(batch[1]))
+        self.log("train_loss", self.train_loss, **options)
         self.log(f"train_{self.score}", self.train_score, **options)
         return loss + self.penalty()
 

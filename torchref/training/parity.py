@@ -51,6 +51,7 @@ class Parity(Callback):
         self.off: str | None = None
         self._max: Tensor | None = None
         self._loss: Tensor | None = None
+        self._resumed: dict[str, Any] = {}
 
     @property
     def max_loss_diff(self) -> float | None:
@@ -63,8 +64,10 @@ class Parity(Callback):
             self._max = None
             return
         self.twin.to(pl_module.device)
-        if trainer.global_step > 0:  # resumed
-            self._sync(trainer, pl_module)
+        if self._resumed:  # here, for an optimizer's state goes to where its parameters are
+            self.twin.load_state_dict(self._resumed["twin"])
+            self.optimizer.load_state_dict(self._resumed["optimizer"])
+            self._resumed = {}
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -96,10 +99,17 @@ class Parity(Callback):
         self.optimizer.load_state_dict(deepcopy(trainer.optimizers[0].state_dict()))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"max": self._max}
+        if self.off:
+            return {"max": self._max}
+        return {
+            "max": self._max,
+            "twin": self.twin.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._max = state_dict["max"]
+        self._resumed = state_dict if "twin" in state_dict else {}
 
 
 def _why_off(trainer: Trainer, module: LightningModule) -> str | None:

@@ -12,13 +12,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
 from filelock import FileLock, Timeout
 from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
@@ -28,6 +27,13 @@ from torchref.data.augment.image import save_picture
 from torchref.data.datasets import Dataset, load_dataset
 from torchref.data.normalize import Fitted
 from torchref.training.augment import build_augment, oversample
+from torchref.training.checkpoint import (
+    AtomicCheckpointIO,
+    LastCheckpoint,
+    previous,
+    read_checkpoint,
+    write_text,
+)
 from torchref.training.checks import check_range
 from torchref.training.config import DATA, NETWORK, Config, versions
 from torchref.training.convert import SyncBatchNormPlugin
@@ -35,15 +41,18 @@ from torchref.training.curves import plot_learning_curves
 from torchref.training.data_module import DataModule
 from torchref.training.early_stopping import EarlyStopping
 from torchref.training.gradient_flow import GradientFlowCallback
-from torchref.training.history import History, RandomState
+from torchref.training.history import History
 from torchref.training.mlp import build_normalizer
 from torchref.training.module import MLPClassifier, MLPRegressor
 from torchref.training.parity import Parity
 from torchref.training.progress import EpochProgress
+from torchref.training.resume import ExactResume
 
 FILES = (
     "best.ckpt",
+    "best.ckpt.previous",
     "last.ckpt",
+    "last.ckpt.previous",
     "config.yaml",
     "hparams.yaml",
     "metrics.json",
@@ -70,7 +79,8 @@ class Run:
 
     ======================= ==================================================================
     ``best.ckpt``           the best weights, the normalizer and the hyperparameters
-    ``last.ckpt``           the last epoch with optimizer and callbacks, for ``resume``
+    ``last.ckpt``           all that training needs to go on bit for bit, for ``resume``; the one
+                            before it is ``last.ckpt.previous``
     ``metrics.json``        what :meth:`execute` returns
     ``metrics.csv``         each epoch's metrics, by Lightning's CSVLogger
     ``learning_curves.png`` the same as a picture
@@ -81,8 +91,9 @@ class Run:
 
     Args:
         config: see :class:`Config`.
-        resume: continue after the last epoch of the run of that name. Epochs, patience and where it
-            runs may change; data, network and optimizer may not.
+        resume: continue the run of that name from its ``"last"`` checkpoint or the ``"previous"``
+            one: what comes of it is, bit for bit, what the uninterrupted run gives. Epochs,
+            patience and where it runs may change; data, network and optimizer may not.
         root: where runs are kept.
         dataset: what ``config.dataset`` names, where it is loaded already.
         parts: indices of the training, validation and test parts, instead of a split.
@@ -98,7 +109,7 @@ class Run:
     def __init__(
         self,
         config: Config,
-        resume: bool = False,
+        resume: Literal["last", "previous"] | None = None,
         root: str | Path = "runs",
         *,
         dataset: Dataset | None = None,
@@ -122,7 +133,6 @@ class Run:
         self.config = config
         self.path = Path(root) / folder
         self.resume = resume
-        torchref.set_backend(config.backend)
         self.dataset = load(config) if dataset is None else dataset
         self.data = data_module(config, self.dataset, parts)
         self.data.fingerprint = self.dataset.fingerprint
@@ -172,6 +182,7 @@ class Run:
         check_range("devices", joined, "two training samples for each process", enough)
         if config.compile:
             self.model.compile_net()
+        torchref.set_backend(config.backend)  # last: what is refused leaves it as it was
 
     def _model(
         self, features: int, inputs: dict[str, Any], normalize: torch.nn.Module, library: str
@@ -187,9 +198,7 @@ class Run:
         return model
 
     def _check_resume(self) -> None:
-        last = self.path / "last.ckpt"
-        if not last.exists():
-            raise FileNotFoundError(f"resume: no checkpoint {last}")
+        path, saved = self._checkpoint()
         before = yaml.safe_load((self.path / "config.yaml").read_text())
         for name in FIXED_ON_RESUME:
             was = before.get(name, getattr(Config, name))  # a run may be older than an option
@@ -198,42 +207,59 @@ class Run:
                     f"resume: {name} was {was!r} in {self.path}, got {getattr(self.config, name)!r}"
                 )
         try:
-            saved = torch.load(last, map_location="cpu", weights_only=True)
-            done, data = saved["epoch"] + 1, saved[type(self.data).__qualname__]["fingerprint"]
-        except Exception:  # a damaged file may raise anything
-            raise ValueError(f"resume: {last} is damaged") from None
+            done = saved["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+            data = saved[type(self.data).__qualname__]["fingerprint"]
+            waited = saved["callbacks"][self.stopping.state_key]["wait_count"]
+        except KeyError as error:
+            raise ValueError(f"resume: {path} is no run's checkpoint: no {error}") from None
         if data != self.data.fingerprint:
             raise ValueError(
                 f"resume: the samples, targets or names of {self.config.dataset} are other than "
                 f"those of {self.path} (fingerprint {data}, now {self.data.fingerprint})"
             )
-        self.before = _earlier(self.path / "metrics.json")
-        epochs = self.config.epochs
-        check_range("epochs", epochs, f"more than the {done} done", epochs > done)
+        self.before, finished = _earlier(self.path / "metrics.json")
+        if finished:  # else there is something left to do: the scores
+            epochs, patience = self.config.epochs, self.config.patience
+            check_range("epochs", epochs, f"more than the {done} done", epochs > done)
+            expected = f"more than the {waited} epochs it has waited"
+            check_range("patience", patience, expected, patience > waited)
+
+    def _checkpoint(self) -> tuple[Path, dict[str, Any]]:
+        """The one to go on from; what is wrong with it, and whether there is another."""
+        path = self._resumed_from
+        if not path.exists():
+            raise FileNotFoundError(f"resume: no checkpoint {path}{_hint(path)}")
+        try:
+            return path, read_checkpoint(path)
+        except ValueError as error:
+            raise ValueError(f"resume: {error}{_hint(path)}") from None
+
+    @property
+    def _resumed_from(self) -> Path:
+        last = self.path / "last.ckpt"
+        return previous(last) if self.resume == "previous" else last
 
     def _trainer(self, more: Iterable[Callback], progress: bool) -> Trainer:
         quiet()
         config = self.config
-        callbacks: list[Callback] = [self.stopping, self.history, self.gradients, RandomState()]
+        callbacks: list[Callback] = [self.stopping, self.history, self.gradients, ExactResume()]
         if progress:
             callbacks.append(EpochProgress())
         if self.parity:
             callbacks.append(self.parity)
         callbacks += more
-        # Saved last in the epoch, so that it holds what the other callbacks know by then.
-        last = ModelCheckpoint(
-            self.path, "last", save_on_train_epoch_end=True, enable_version_counter=False
-        )
+        # Last, so that it holds what the other callbacks know by then.
+        callbacks.append(LastCheckpoint(self.path, config.save_every))
         return Trainer(
             accelerator=config.accelerator,
             devices=config.devices,
             strategy=config.strategy,
             num_nodes=config.num_nodes,
-            plugins=[SyncBatchNormPlugin()],
+            plugins=[SyncBatchNormPlugin(), AtomicCheckpointIO()],
             precision=config.precision,  # pyright: ignore[reportArgumentType]
             max_epochs=config.epochs,
             logger=self._loggers(),
-            callbacks=[*callbacks, last],
+            callbacks=callbacks,
             num_sanity_val_steps=0,
             log_every_n_steps=1,
             enable_progress_bar=progress,
@@ -268,7 +294,7 @@ class Run:
     def _execute(self, test: bool) -> dict[str, Any]:
         begin = time.perf_counter()
         self._clear()
-        resumed = {"ckpt_path": self.path / "last.ckpt"} if self.resume else {}
+        resumed = {"ckpt_path": self._resumed_from} if self.resume else {}
         self.trainer.fit(self.model, datamodule=self.data, weights_only=True, **resumed)
         best_epoch = self.stopping.best_epoch
         best = None if best_epoch is None else self.stopping.best_score.item()
@@ -330,7 +356,7 @@ class Run:
                 (self.path / name).unlink(missing_ok=True)
             for events in self.path.glob("events.out.tfevents.*"):  # TensorBoard's
                 events.unlink()
-        (self.path / "config.yaml").write_text(yaml.safe_dump(asdict(self.config), sort_keys=False))
+        write_text(self.path / "config.yaml", yaml.safe_dump(asdict(self.config), sort_keys=False))
 
     @rank_zero_only
     def _write(self, metrics: dict[str, Any]) -> None:
@@ -342,7 +368,7 @@ class Run:
 
     def _write_metrics(self, metrics: dict[str, Any]) -> None:
         text = json.dumps(metrics, indent=2, allow_nan=False)
-        (self.path / "metrics.json").write_text(text + "\n")
+        write_text(self.path / "metrics.json", text + "\n")
 
     def _draw_augmented(self) -> None:
         augment, data = self.data.augment, self.dataset
@@ -405,14 +431,26 @@ def _inputs(dataset: Dataset, config: Config) -> dict[str, Any]:
     return {"kind": "table", "missing": config.missing == "impute", "columns": columns}
 
 
-def _earlier(metrics: Path) -> Earlier:
+def _earlier(metrics: Path) -> tuple[Earlier, bool]:
+    """What is known of the run before, and whether it came to its end."""
     if not metrics.exists():
-        return Earlier()
+        return Earlier(), False
     try:
         found = json.loads(metrics.read_text())
-        return Earlier(int(found["test_opened"]), float(found["seconds"]))
-    except (ValueError, TypeError, KeyError):
+        before = Earlier(int(found["test_opened"]), float(found["seconds"]))
+        return before, not found.get("unfinished", False)
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(f"resume: {metrics} is damaged") from None
+
+
+def _hint(path: Path) -> str:
+    """Whether the checkpoint before this one would do."""
+    try:
+        saved = read_checkpoint(previous(path))
+        place = f"epoch {saved['epoch']}, step {saved['global_step']}"
+    except (OSError, ValueError, KeyError):
+        return ""
+    return f"; {previous(path)} is whole ({place}): --resume previous goes on from there"
 
 
 def _set_threads(config: Config, samples: int) -> None:

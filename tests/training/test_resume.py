@@ -1,0 +1,432 @@
+"""Killed at any moment and resumed, training ends as if nothing had happened, bit for bit."""
+
+import csv
+import json
+import multiprocessing
+import os
+import random
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from torch import nn
+from torch.utils.data import IterableDataset
+from torchmetrics import MeanMetric
+
+import torchref
+from torchref.training import (
+    AtomicCheckpointIO,
+    Config,
+    ExactResume,
+    LastCheckpoint,
+    ResumableDataLoader,
+    Run,
+    read_checkpoint,
+)
+from torchref.training import checkpoint as writing
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec"),  # Lightning on torch's newer pytree
+]
+
+# Ten batches an epoch, dropout, augmentation; the torch twin trains along.
+CONFIG = Config(
+    "digits",
+    epochs=3,
+    batch_size=128,
+    width=32,
+    augment={"noise": 0.1, "rotation": 10},
+    accelerator="cpu",
+    save_every=3,
+    threads=1,
+    name="run",
+)
+BATCHES = 10
+# Where a process is killed: a hook of Lightning's, or a step of writing a checkpoint.
+HOOKS = ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end")
+RARE_HOOKS = ("on_validation_batch_start", "on_train_epoch_end", "on_test_batch_start")
+SYSTEM_CALLS = ("fsync", "link", "replace")
+ENDED = -signal.SIGKILL
+
+
+class Witness(Callback):
+    """Writes down each batch of training as it is after augmentation."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        numbers = [x.double().sum().item() for x in batch]
+        with open(self.path, "a") as file:
+            file.write(f"{trainer.current_epoch} {batch_idx} {numbers}\n")
+
+
+class Killer(Callback):
+    """Ends the process with SIGKILL when a hook or a system call comes for the n-th time."""
+
+    def __init__(self, place, count):
+        self.left = count
+        if place in SYSTEM_CALLS:
+            call = getattr(os, place)
+
+            def counted(*args, **kwargs):
+                self.count()
+                return call(*args, **kwargs)
+
+            setattr(writing.os, place, counted)
+        elif place:
+            setattr(self, place, lambda *args, **kwargs: self.count())
+
+    def count(self):
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def part_of_a_run(root, config, resume, place=None, count=0):
+    """In a process of its own: a run up to its end, or to its kill."""
+    callbacks = [Witness(Path(root) / "batches.txt"), Killer(place, count)]
+    Run(config, resume=resume, root=root, callbacks=callbacks, progress=False).execute()
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Starts processes that have imported everything and done nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torchref.training", "sklearn.datasets", "kornia"])
+
+    def call(function, *args, several=None):
+        """The exit code, or the codes of several processes that are told their rank."""
+        ranks = [()] if several is None else [(rank,) for rank in range(several)]
+        started = [context.Process(target=function, args=(*rank, *args)) for rank in ranks]
+        for process in started:
+            process.start()
+        for process in started:
+            process.join(60)
+        codes = [process.exitcode for process in started]  # None of one that still runs
+        for process in started:
+            process.kill()
+        return codes[0] if several is None else codes
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def whole(processes, tmp_path_factory):
+    """A run that nobody disturbs."""
+    root = tmp_path_factory.mktemp("whole")
+    assert processes(part_of_a_run, root, CONFIG, None) == 0
+    return root
+
+
+def assert_same(root, whole):
+    """Weights, optimizer, metrics, files and batches are those of the whole run."""
+    for name in ("best.ckpt", "last.ckpt"):
+        found, expected = (read_checkpoint(r / "run" / name) for r in (root, whole))
+        for key in ("state_dict", "optimizer_states", "epoch", "global_step", "ExactResume"):
+            assert same(found.get(key), expected.get(key)), (name, key)
+        callbacks = {k: v for k, v in expected.get("callbacks", {}).items() if "Last" not in k}
+        for key, value in callbacks.items():
+            assert same(found["callbacks"][key], value), (name, key)
+    assert metrics(root) == metrics(whole)
+    assert table(root) == table(whole)
+    assert set(batches(root)) == set(batches(whole))
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        flat = [x.contiguous().reshape(-1).view(torch.uint8) for x in (a, b)]
+        return (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(*flat)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b or (a != a and b != b)
+
+
+def metrics(root):
+    found = json.loads((root / "run" / "metrics.json").read_text())
+    return {key: value for key, value in found.items() if key != "seconds"}
+
+
+def table(root):
+    """By step, for a resumed run logs what it knows of an epoch in one row."""
+    found = {}
+    with open(root / "run" / "metrics.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            found.setdefault(row["step"], {}).update({k: v for k, v in row.items() if v})
+    return found
+
+
+def batches(root):
+    return (root / "batches.txt").read_text().splitlines()
+
+
+def go_on(processes, root, config, *kill):
+    """Start the run, or resume it where there is something to resume."""
+    ready = (root / "run" / "last.ckpt").exists()
+    return processes(part_of_a_run, root, config, "last" if ready else None, *kill)
+
+
+@pytest.mark.parametrize(
+    "kills",
+    [
+        [("on_train_batch_start", 6)],
+        [("on_train_batch_end", 14), ("on_before_optimizer_step", 3)],
+        [("on_validation_batch_start", 2), ("on_test_batch_start", 1)],
+        [("fsync", 13), ("replace", 9), ("link", 2)],
+        [("on_train_epoch_end", 3)],
+    ],
+    ids=lambda kills: "-".join(f"{place}_{count}" for place, count in kills),
+)
+def test_a_killed_run_ends_as_if_it_had_not_been(kills, processes, whole, tmp_path):
+    for kill in kills:
+        assert go_on(processes, tmp_path, CONFIG, *kill) == ENDED
+    assert go_on(processes, tmp_path, CONFIG) == 0
+    assert_same(tmp_path, whole)
+
+
+@pytest.mark.slow
+def test_fifty_random_kill_points(processes, whole, tmp_path_factory, record_testsuite_property):
+    survived, seed = 0, int(os.environ.get("TORCHREF_SEED", random.randrange(10**6)))
+    draw = random.Random(seed)
+    print(f"TORCHREF_SEED={seed}")
+    while survived < 50:
+        root = tmp_path_factory.mktemp("killed")
+        killed = 0
+        while True:
+            rare = draw.random() < 0.2
+            place = draw.choice(RARE_HOOKS if rare else HOOKS + SYSTEM_CALLS)
+            count = draw.randint(1, 2 if rare else 2 * BATCHES)
+            code = go_on(processes, root, CONFIG, place, count)
+            if code == 0:  # it came to its end before
+                break
+            assert code == ENDED, (place, count)
+            killed += 1
+        assert_same(root, whole)
+        survived += killed
+    record_testsuite_property("kill points survived", survived)
+
+
+def test_without_batches_between_a_resumed_run_repeats_its_epoch(processes, whole, tmp_path):
+    config = replace(CONFIG, save_every=None)
+    assert go_on(processes, tmp_path, config, "on_train_batch_end", 17) == ENDED
+    assert go_on(processes, tmp_path, config) == 0
+    expected = {line.split()[0:2] == ["1", "0"] for line in batches(tmp_path)}
+    assert expected == {True, False}
+    assert metrics(tmp_path) == metrics(whole)
+    assert batches(tmp_path).count(next(b for b in batches(whole) if b.startswith("1 0 "))) == 2
+
+
+def test_a_stopped_run_that_was_killed_stops_again(processes, tmp_path_factory):
+    config = replace(CONFIG, epochs=30, patience=1, lr=0.5, save_every=None)
+    roots = [tmp_path_factory.mktemp(name) for name in ("whole", "killed")]
+    assert processes(part_of_a_run, roots[0], config, None) == 0
+    assert metrics(roots[0])["stop_reason"].startswith("val_loss did not improve")
+    assert go_on(processes, roots[1], config, "on_test_batch_start", 1) == ENDED
+    assert go_on(processes, roots[1], config) == 0
+    assert_same(roots[1], roots[0])
+
+
+# Samples that workers load and change at random, and two processes.
+
+
+class Noisy(torch.utils.data.Dataset):
+    """Each sample draws from the generators of torch, NumPy and Python."""
+
+    def __len__(self):
+        return 48
+
+    def __getitem__(self, index):
+        noise = torch.rand(()).item() + np.random.rand() + random.random()
+        return torch.full((4,), index / 48 + noise), index % 3
+
+
+class Network(LightningModule):
+    """Dropout, batch norm, a schedule, momentum; a mean that is a metric."""
+
+    def __init__(self, workers=0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 3))
+        torchref.convert(self)
+        self.mean = MeanMetric()
+        self.workers = workers
+
+    def train_dataloader(self):
+        # forked: workers of a fork server would not notice that their process was killed
+        context = "fork" if self.workers else None
+        return ResumableDataLoader(
+            Noisy(), 4, seed=1, num_workers=self.workers, multiprocessing_context=context
+        )
+
+    def training_step(self, batch):
+        loss = torchref.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+        self.mean.update(loss.detach())
+        self.log("mean", self.mean, on_step=False, on_epoch=True)
+        return loss
+
+    def configure_optimizers(self):
+        optimizer = torchref.optim.SGD(self.parameters(), 0.1, momentum=0.9)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 24)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+def part_of_a_fit(rank, root, workers, devices, place=None, count=0):
+    """As a user's own module and Trainer; of several processes the last one is killed."""
+    torch.set_num_threads(1)
+    seed_everything(0, verbose=False)
+    if devices > 1:
+        join(root, rank, devices)
+    options = {"devices": devices, "strategy": "ddp"} if devices > 1 else {}
+    last = rank == devices - 1
+    trainer = Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        plugins=[AtomicCheckpointIO()],
+        callbacks=[
+            ExactResume(),
+            Witness(root / f"batches-{rank}.txt"),
+            Killer(place if last else None, count),
+            LastCheckpoint(root, every=5),
+        ],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+    path = root / "last.ckpt"
+    model = Network(workers)
+    trainer.fit(model, ckpt_path=path if path.exists() else None, weights_only=True)
+    ended = [model.state_dict(), trainer.optimizers[0].state_dict(), dict(trainer.callback_metrics)]
+    torch.save(ended, root / f"ended-{rank}.pt")
+    if devices > 1:
+        dist.barrier()
+        os._exit(0)  # at an ordinary exit a thread of gloo's that is still there aborts the process
+
+
+def join(root, rank, devices):
+    """What torchrun tells Lightning; the processes are there already."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": devices, "LOCAL_WORLD_SIZE": devices}
+    place |= {"MASTER_ADDR": "localhost", "MASTER_PORT": 0, "TORCHELASTIC_RUN_ID": "test"}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    dist.init_process_group("gloo", f"file://{root}/store", rank=rank, world_size=devices)
+
+
+@pytest.mark.parametrize(
+    ("workers", "devices"), [(0, 1), (2, 1), (2, 2)], ids=["alone", "workers", "ddp"]
+)
+def test_a_fit_goes_on_in_the_middle_of_an_epoch(workers, devices, processes, tmp_path):
+    roots = [tmp_path / name for name in ("whole", "killed")]
+    for root in roots:
+        root.mkdir()
+    batches = 12 // devices
+    assert processes(part_of_a_fit, roots[0], workers, devices, several=devices) == [0] * devices
+    for count in (batches + 6, 3) if devices == 1 else (batches + 3, 2):
+        kill = ("on_train_batch_end", count)
+        codes = processes(part_of_a_fit, roots[1], workers, devices, *kill, several=devices)
+        assert codes[-1] == ENDED
+        (roots[1] / "store").unlink(missing_ok=True)
+    assert processes(part_of_a_fit, roots[1], workers, devices, several=devices) == [0] * devices
+    for rank in range(devices):
+        ended = [torch.load(root / f"ended-{rank}.pt", weights_only=True) for root in roots]
+        assert same(*ended)
+        lines = [(root / f"batches-{rank}.txt").read_text().splitlines() for root in roots]
+        assert len(lines[0]) == 2 * batches
+        assert set(lines[0]) == set(lines[1])
+
+
+def test_order_and_seeds_are_functions_of_seed_and_epoch():
+    def order(seed, epoch, **options):
+        loader = ResumableDataLoader(range(20), 4, seed=seed, **options)
+        loader.sampler.set_epoch(epoch)
+        return torch.cat(list(loader)).tolist()
+
+    assert order(0, 1) == order(0, 1)
+    assert len({tuple(order(seed, epoch)) for seed in (0, 10) for epoch in (0, 1)}) == 4
+    assert sorted(order(0, 0)) == list(range(20))
+    assert order(0, 0, shuffle=False) == list(range(20))
+    shares = [order(0, 0, num_replicas=2, rank=rank) for rank in (0, 1)]
+    assert sorted(shares[0] + shares[1]) == list(range(20))
+    assert len(order(0, 0, drop_last=True, num_replicas=3, rank=0)) == 4
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_goes_on_from_its_state(workers):
+    def loader():
+        made = ResumableDataLoader(Noisy(), 10, seed=3, num_workers=workers)
+        made.sampler.set_epoch(2)
+        return made
+
+    torch.manual_seed(0)
+    first = loader()
+    batches = iter(first)
+    done = [next(batches)[1] for _ in range(3)]
+    state, generators = first.state_dict(), torch.get_rng_state()
+    assert state == {"epoch": 2, "batches": 3}
+    expected = [y for _, y in batches]
+    again = loader()
+    again.load_state_dict(state)
+    torch.set_rng_state(generators)
+    assert same([y for _, y in again], expected)
+    assert len(again) == len(first) == 5
+    assert same([y for _, y in again], done + expected)  # once: then an epoch is whole
+
+
+def test_a_state_of_another_epoch_skips_nothing():
+    loader = ResumableDataLoader(range(6), 2)
+    loader.load_state_dict({"epoch": 0, "batches": 3})
+    loader.sampler.set_epoch(1)
+    assert len(list(loader)) == 3
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(range(3))
+
+
+def test_what_a_resumable_loader_refuses():
+    with pytest.raises(ValueError, match="dataset: expected one with a length, got 'Stream'"):
+        ResumableDataLoader(Stream())
+    for option in ("sampler", "batch_sampler", "generator", "persistent_workers"):
+        with pytest.raises(ValueError, match=f"{option}: expected nothing: it is taken"):
+            ResumableDataLoader(range(3), **{option: True})
+
+
+def test_generators_come_back():
+    module, trainer, checkpoint = Network(), Trainer(logger=False, accelerator="cpu"), {}
+
+    def drawn():
+        return [torch.rand(2).tolist(), np.random.randn(3).tolist(), random.gauss(0, 1)]
+
+    np.random.randn(1)  # NumPy and Python keep the second of two normal numbers
+    random.gauss(0, 1)
+    ExactResume().on_save_checkpoint(trainer, module, checkpoint)
+    expected = drawn()
+    ExactResume().on_load_checkpoint(trainer, module, checkpoint)
+    assert drawn() == expected
+    ExactResume().on_load_checkpoint(trainer, module, {})  # one of another's: nothing to restore
+    assert drawn() != expected
+
+
+def test_another_number_of_processes_begins_with_the_first_s_generators():
+    module, trainer = Network(), Trainer(logger=False, accelerator="cpu")
+    states = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        module.mean.update(seed)
+        checkpoint = {}
+        ExactResume().on_save_checkpoint(trainer, module, checkpoint)
+        states += checkpoint["ExactResume"]
+    module.mean.reset()
+    ExactResume().on_load_checkpoint(trainer, module, {"ExactResume": states})
+    drawn = torch.rand(1)
+    torch.manual_seed(1)
+    assert drawn == torch.rand(1)
+    assert not module.mean.weight

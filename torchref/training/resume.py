@@ -1,0 +1,205 @@
+"""What makes a resumed training equal the uninterrupted one bit for bit, in the middle of an epoch.
+
+Lightning restores weights, optimizer, schedules and counts. Here is the rest: the random generators
+and the metrics of every process, and which batches of the epoch are done.
+"""
+
+import random
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any, cast
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, distributed, nn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+from torchmetrics import Metric
+
+from torchref.training.checks import check_range
+
+
+class ExactResume(Callback):
+    """Put random generators and metrics back where the checkpoint left them.
+
+    Generators of torch, NumPy and Python on the CPU and torch's on GPUs; of metrics those of
+    torchmetrics that the module holds and that have seen a batch. Together with a
+    :class:`ResumableDataLoader` a resumed run draws the dropout masks and augmentations, takes
+    the batches and logs the values of the uninterrupted run. Each of several processes has a state
+    of its own; a run that goes on with another number of them begins anew from the first one's
+    generators, and with empty metrics.
+
+    Not covered: the mean over an epoch that Lightning takes of a plain tensor logged with
+    ``on_epoch=True`` has the batches since the resume alone (log a :class:`torchmetrics.MeanMetric`
+    instead), gradients half accumulated, and the generators that a data set has to itself.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[ExactResume()], logger=False, accelerator="cpu")
+    """
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # after its last batch an epoch's metrics are done with
+        metrics = {} if trainer.is_last_batch else _metrics(pl_module)
+        own = {"generators": _generators(), "metrics": metrics}
+        states: list[Any] = [own]
+        if _processes() > 1:  # every one of them makes a checkpoint, one saves it
+            states *= _processes()
+            distributed.all_gather_object(states, own)
+        checkpoint[type(self).__qualname__] = states
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        states = checkpoint.get(type(self).__qualname__)
+        if states is None:  # made without this callback
+            return
+        same = len(states) == _processes()
+        state = states[_rank() if same else 0]
+        _set_generators(state["generators"])
+        if same:
+            _set_metrics(pl_module, state["metrics"])
+
+
+class ResumableDataLoader(DataLoader):
+    """A :class:`torch.utils.data.DataLoader` that goes on where the checkpoint's epoch stopped.
+
+    The order of the samples is a function of ``seed`` and the epoch, and so are the seeds of the
+    workers. Its state counts the batches handed out; Lightning saves and loads it. After a resume
+    the batches that were done are not loaded without workers; with workers they are, and dropped,
+    so that the workers' random generators are where they were.
+
+    Args:
+        dataset: with a length.
+        batch_size: >= 1.
+        shuffle: as torch's.
+        seed: of the order and the workers, >= 0.
+        num_replicas: processes that share the samples, each as many; by default all that
+            ``torch.distributed`` knows.
+        rank: of this process.
+        options: torch's others; ``sampler``, ``batch_sampler``, ``generator`` and
+            ``persistent_workers`` are taken.
+
+    Raises:
+        ValueError: an iterable data set, or an option that is taken.
+
+    Example:
+        >>> loader = ResumableDataLoader(torch.arange(6), batch_size=2, seed=1)
+        >>> batches = [batch.tolist() for batch in loader]
+        >>> loader.load_state_dict({"epoch": 0, "batches": 2})
+        >>> [batch.tolist() for batch in loader] == batches[2:]
+        True
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int = 1,
+        shuffle: bool = True,
+        *,
+        seed: int = 0,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+        **options: Any,
+    ) -> None:
+        iterable = isinstance(dataset, IterableDataset)
+        check_range("dataset", type(dataset).__name__, "one with a length", not iterable)
+        for name in ("sampler", "batch_sampler", "generator", "persistent_workers"):
+            check_range(name, options.get(name), "nothing: it is taken", not options.get(name))
+        share = _Share(
+            dataset,
+            _processes() if num_replicas is None else num_replicas,
+            _rank() if rank is None else rank,
+            shuffle,
+            seed,
+        )
+        super().__init__(dataset, batch_size, sampler=share, generator=torch.Generator(), **options)
+        self._share = share
+        self._handed_out = 0
+        self._resume: dict[str, int] = {}
+
+    def __iter__(self) -> Iterator[Any]:
+        # Nothing happens before the first batch is asked for: by then Lightning has set the epoch.
+        share, resume = self._share, self._resume
+        self._resume = {}
+        done = resume["batches"] if resume.get("epoch") == share.epoch else 0
+        self._handed_out = done
+        # an epoch's own draws, in all processes others
+        seeds = random.Random(f"{share.seed} {share.epoch} {share.rank}")
+        cast(torch.Generator, self.generator).manual_seed(seeds.getrandbits(63))
+        share.skip = 0 if self.num_workers else done * cast(int, self.batch_size)
+        batches = super().__iter__()
+        for _ in range(done if self.num_workers else 0):
+            next(batches, None)
+        for batch in batches:
+            self._handed_out += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self._share.epoch, "batches": self._handed_out}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._resume = dict(state_dict)
+
+
+class _Share(DistributedSampler):
+    """What a process takes of the samples, but for the first ``skip`` of an epoch."""
+
+    skip = 0
+
+    def __iter__(self) -> Iterator[int]:
+        return islice(super().__iter__(), self.skip, None)
+
+
+def _processes() -> int:
+    several = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if several else 1
+
+
+def _rank() -> int:
+    return distributed.get_rank() if _processes() > 1 else 0
+
+
+def _generators() -> dict[str, Any]:
+    """In types that a checkpoint may hold."""
+    kind, words, *counts = cast(tuple[Any, ...], np.random.get_state())
+    version, numbers, last = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "numpy": [kind, torch.from_numpy(words.astype(np.int64)), *counts],
+        "python": [version, torch.tensor(numbers), last],
+    }
+
+
+def _set_generators(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"].cpu())
+    if len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+    kind, words, *counts = states["numpy"]
+    np.random.set_state((kind, words.cpu().numpy(), *counts))
+    version, numbers, last = states["python"]
+    random.setstate((version, tuple(numbers.tolist()), last))
+
+
+def _metrics(module: nn.Module) -> dict[str, dict[str, Any]]:
+    return {
+        name: {key: _copied(value, "cpu") for key, value in metric.metric_state.items()}
+        for name, metric in module.named_modules()
+        if isinstance(metric, Metric) and metric.update_called
+    }
+
+
+def _set_metrics(module: nn.Module, states: dict[str, dict[str, Any]]) -> None:
+    for name, metric in module.named_modules():
+        if isinstance(metric, Metric):
+            for key, value in states.get(name, {}).items():
+                setattr(metric, key, _copied(value, metric.device))
+
+
+def _copied(value: Tensor | list[Tensor], device: torch.device | str) -> Tensor | list[Tensor]:
+    if isinstance(value, list):
+        return [x.detach().to(device, copy=True) for x in value]
+    return value.detach().to(device, copy=True)

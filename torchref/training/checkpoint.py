@@ -121,7 +121,8 @@ def write_text(path: Path, text: str) -> None:
 
 def write_file(path: Path, *parts: bytes | memoryview, keep: Path | None = None) -> None:
     """Replace a file by the parts in a row; the old one becomes ``keep``."""
-    new = path.with_name(f".{path.name}.new")
+    new = _beside(path)
+    temporary = [new]
     try:
         with open(new, "wb") as file:
             for part in parts:
@@ -129,24 +130,29 @@ def write_file(path: Path, *parts: bytes | memoryview, keep: Path | None = None)
             file.flush()
             os.fsync(file.fileno())
         if keep is not None and path.exists():
-            _copy(path, keep)
+            temporary.append(_beside(keep))
+            _copy(path, _beside(keep))
+            os.replace(_beside(keep), keep)
         os.replace(new, path)
         _flush_folder(path.parent)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            new.unlink()
+        for file in temporary:
+            with contextlib.suppress(OSError):
+                file.unlink()
         raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.new")
 
 
 def _copy(path: Path, other: Path) -> None:
     """A second name for a file, or a copy where the file system has no such names."""
-    new = other.with_name(f".{other.name}.new")
-    new.unlink(missing_ok=True)
+    other.unlink(missing_ok=True)
     try:
-        os.link(path, new)
+        os.link(path, other)
     except OSError:
-        shutil.copyfile(path, new)
-    os.replace(new, other)
+        shutil.copyfile(path, other)
 
 
 def _flush_folder(folder: Path) -> None:

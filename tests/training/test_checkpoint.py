@@ -1,0 +1,204 @@
+"""A checkpoint is whole or not there; a damaged one is noticed, named, and another one offered."""
+
+import errno
+import os
+import resource
+import zipfile
+from dataclasses import replace
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from torchref.training import AtomicCheckpointIO, Config, LastCheckpoint, Run, read_checkpoint
+from torchref.training import checkpoint as writing
+from torchref.training.checkpoint import previous, write_text
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec")  # Lightning on torch's newer pytree
+
+SAVED = {"weights": torch.arange(5000.0), "epoch": 3, "text": "whole"}
+IRIS = Config("iris", epochs=2, parity=False, accelerator="cpu")
+
+
+@pytest.fixture
+def path(tmp_path):
+    found = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint(SAVED, found)
+    return found
+
+
+def same(found, expected=SAVED):
+    return found.keys() == expected.keys() and torch.equal(found["weights"], expected["weights"])
+
+
+def test_a_checkpoint_is_torch_s_own_file(path):
+    assert same(read_checkpoint(path))
+    assert same(torch.load(path, weights_only=True))
+    assert same(torch.load(path, weights_only=True, mmap=True))
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+        assert archive.comment.startswith(b"sha256:")
+
+
+def test_files_of_torch_and_lightning_are_read(tmp_path):
+    torch.save(SAVED, tmp_path / "torch.pt")
+    assert same(read_checkpoint(tmp_path / "torch.pt"))
+    assert same(AtomicCheckpointIO().load_checkpoint(tmp_path / "torch.pt", weights_only=True))
+    torch.save(SAVED, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert same(read_checkpoint(tmp_path / "old.pt"))
+
+
+def test_every_changed_byte_is_noticed(path):
+    """Torch's own reader takes a changed weight as it is."""
+    whole = path.read_bytes()
+    for place in range(0, len(whole) - 73, len(whole) // 97):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"last.ckpt is damaged: its checksum"):
+            read_checkpoint(path)
+        with pytest.raises(ValueError, match=r"last.ckpt is damaged: its checksum"):
+            AtomicCheckpointIO().load_checkpoint(path)
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99])
+def test_a_truncated_file_is_noticed(path, share):
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(ValueError, match=r"last.ckpt is damaged"):
+        read_checkpoint(path)
+
+
+def test_what_is_no_checkpoint_is_refused(path):
+    torch.save([1, 2], path)
+    with pytest.raises(ValueError, match=r"last.ckpt is damaged: it is no checkpoint"):
+        read_checkpoint(path)
+    with pytest.raises(FileNotFoundError):
+        read_checkpoint(path.with_name("none.ckpt"))
+
+
+def test_the_replaced_checkpoint_stays(path):
+    for number in (1, 2):
+        AtomicCheckpointIO().save_checkpoint(SAVED | {"epoch": number}, path)
+    assert read_checkpoint(path)["epoch"] == 2
+    assert read_checkpoint(previous(path))["epoch"] == 1
+    assert {file.name for file in path.parent.iterdir()} == {"last.ckpt", "last.ckpt.previous"}
+
+
+def test_without_hard_links_a_copy_stays(path, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    AtomicCheckpointIO().save_checkpoint(SAVED | {"epoch": 9}, path)
+    assert read_checkpoint(path)["epoch"] == 9
+    assert read_checkpoint(previous(path))["epoch"] == 3
+
+
+def test_it_is_on_the_disk_before_it_has_its_name(path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        call = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, c=call, n=name: (calls.append(n), c(*a))[1])
+    AtomicCheckpointIO().save_checkpoint(SAVED, path)
+    assert calls == ["fsync", "replace", "replace", "fsync"]  # file, both names, folder
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace", "link"])
+def test_an_error_leaves_what_was_there(path, monkeypatch, call):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = path.read_bytes()
+    monkeypatch.setattr(writing.os, call, full)
+    monkeypatch.setattr(writing.shutil, "copyfile", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*last.ckpt'"):
+        AtomicCheckpointIO().save_checkpoint(SAVED | {"epoch": 9}, path)
+    monkeypatch.undo()
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir() if file.name.endswith(".new")] == []
+
+
+@pytest.fixture
+def full_disk():
+    """Files end at 2 KiB, which is how a system without root can refuse to write."""
+
+    def limit(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield limit
+    limit(before[0])
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, full_disk):
+    Run(IRIS, root=tmp_path, progress=False).execute()
+    last = tmp_path / "iris" / "last.ckpt"
+    before = last.read_bytes()
+    longer = Run(replace(IRIS, epochs=4), resume="last", root=tmp_path, progress=False)
+    full_disk(4096)
+    with pytest.raises(OSError, match=r"File too large: .*last.ckpt'"):
+        longer.execute()
+    full_disk(resource.RLIM_INFINITY)
+    assert last.read_bytes() == before
+    metrics = Run(replace(IRIS, epochs=4), resume="last", root=tmp_path, progress=False).execute()
+    assert metrics["epochs"] == 4
+
+
+def test_another_checkpoint_is_offered_where_the_last_is_damaged(tmp_path):
+    Run(IRIS, root=tmp_path, progress=False).execute()
+    folder = tmp_path / "iris"
+    (folder / "metrics.json").unlink()  # as if it had been killed
+    whole = (folder / "last.ckpt").read_bytes()
+    (folder / "last.ckpt").write_bytes(whole[:-3000])
+    offer = r"last.ckpt.previous is whole \(epoch 0, step 2\): --resume previous goes on from there"
+    with pytest.raises(ValueError, match=rf"resume: .*last.ckpt is damaged: .*; .*{offer}"):
+        Run(IRIS, resume="last", root=tmp_path)
+    (folder / "last.ckpt").unlink()
+    with pytest.raises(FileNotFoundError, match=rf"resume: no checkpoint .*last.ckpt; .*{offer}"):
+        Run(IRIS, resume="last", root=tmp_path)
+    metrics = Run(IRIS, resume="previous", root=tmp_path, progress=False).execute()
+    assert metrics["epochs"] == 2
+    (folder / "last.ckpt.previous").write_bytes(b"broken")
+    (folder / "last.ckpt").write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"last.ckpt is damaged: it is no checkpoint$"):
+        Run(IRIS, resume="last", root=tmp_path)
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+    Run(IRIS, root=tmp_path, progress=False).execute()
+    AtomicCheckpointIO().save_checkpoint(SAVED, tmp_path / "iris" / "last.ckpt")
+    with pytest.raises(ValueError, match=r"last.ckpt is no run's checkpoint: no 'loops'"):
+        Run(IRIS, resume="last", root=tmp_path)
+
+
+def test_a_finished_run_has_nothing_to_resume(tmp_path):
+    config = replace(IRIS, epochs=30, patience=1, lr=0.5)
+    done = Run(config, root=tmp_path, progress=False).execute()["epochs"]
+    assert done < 30
+    with pytest.raises(ValueError, match="patience: expected more than the 1 epochs it has waited"):
+        Run(config, resume="last", root=tmp_path)
+    more = Run(replace(config, patience=2), resume="last", root=tmp_path, progress=False)
+    assert more.execute()["epochs"] > done
+
+
+def test_files_are_replaced_as_a_whole(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.json"
+    path.write_text("old")
+    monkeypatch.setattr(writing.os, "replace", lambda *_: pytest.fail("killed"))
+    with pytest.raises(pytest.fail.Exception):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    monkeypatch.undo()
+    write_text(path, "new")
+    assert path.read_text() == "new"
+
+
+def test_the_last_checkpoint_is_written_every_so_many_batches(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(Trainer, "save_checkpoint", lambda *_, **__: saved.append(1))
+    with pytest.raises(ValueError, match="save_every: expected >= 1, got 0"):
+        LastCheckpoint(tmp_path, every=0)
+    config = replace(IRIS, batch_size=16, save_every=2)  # 7 batches, so the ends are not among them
+    Run(config, root=tmp_path, progress=False).execute()
+    assert len(saved) == 2 * (3 + 1) + 1  # 2, 4, 6 and the end of each epoch, and the best

@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 # Each layer may import those after it. `data` stands apart.
@@ -81,6 +82,79 @@ def test_metadata():
     import torchref
 
     assert torchref.__version__ == project["version"]
+
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+ASKED = {  # each requirement by name, with its extra
+    requirement.name: (extra, requirement)
+    for extra, texts in {
+        "": PROJECT["dependencies"],
+        **PROJECT["optional-dependencies"],
+    }.items()
+    for requirement in map(Requirement, texts)
+    if requirement.name != PROJECT["name"]
+}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "imblearn": "imbalanced-learn",
+    "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
+}
+
+
+def test_malware_is_excluded():
+    allowed = ASKED["lightning"][1].specifier
+    assert "2.6.6" in allowed
+    for version in ("2.6.2", "2.6.3", "2.6.5", "3.0"):  # 2.6.5 calls what a checkpoint names
+        assert version not in allowed
+
+
+def test_the_lock_fits_what_is_asked_for():
+    lines = (ROOT / ".ci" / "constraints-cpu.txt").read_text().splitlines()
+    locked = dict(line.lower().split("==") for line in lines if not line.startswith("#"))
+    for name, (_, requirement) in ASKED.items():
+        assert locked[name] in requirement.specifier, name
+
+
+def test_licenses_are_listed():
+    page = (ROOT / "docs" / "licenses.md").read_text()
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in page.splitlines()]
+    listed = {row[0]: row[1:4] for row in rows if len(row) == 5 and row[0] in ASKED}
+    assert list(listed) == list(ASKED)
+    for name, (version, extra, license) in listed.items():
+        assert extra == ASKED[name][0], name
+        assert Requirement(f"{name}{version}").specifier == ASKED[name][1].specifier
+        try:
+            about = importlib.metadata.metadata(name)
+        except importlib.metadata.PackageNotFoundError:  # of another extra
+            continue
+        text = about.get("License", "")
+        is_expression = " AND " in text and "\n" not in text
+        if expression := about.get("License-Expression", text if is_expression else None):
+            assert license == expression, name
+        else:  # free text and classifiers, as Apache 2.0 License
+            said = [text, *about.get_all("Classifier", [])]
+            assert license.replace("-", " ").split()[0] in " ".join(said), name
+
+
+def foreign(nodes) -> set[str]:
+    """The distributions that are imported, but for Python's and ours."""
+    ours = {"torchref", "benchmarks"}
+    found = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    found |= {n.module for n in nodes if isinstance(n, ast.ImportFrom) and not n.level and n.module}
+    tops = {name.split(".")[0] for name in found} - sys.stdlib_module_names - ours
+    return {DISTRIBUTIONS.get(name, name) for name in tops}
+
+
+def test_what_is_imported_is_asked_for():
+    for path in FILES:
+        tree = ast.parse(path.read_text())
+        unlisted = foreign([*ast.walk(tree)]) - ASKED.keys()
+        assert unlisted <= {"nltk"}, path  # in no extra: where it is installed
+        layer = path.relative_to(ROOT).parts[:2]
+        if layer[0] == "scripts" or layer[1] in ("data", "diagnostics", "training"):
+            continue
+        assert {ASKED[name][0] for name in foreign(tree.body)} <= {""}, path
 
 
 def imports(path: Path) -> set[str]:

@@ -940,6 +940,7 @@ class Split(dict):
 
 def install_hub(monkeypatch, **splits):
     datasets = ModuleType("datasets")
+    datasets.__version__ = "4.0.0"
     datasets.load_dataset = lambda name, cache_dir=None: splits
     monkeypatch.setitem(sys.modules, "datasets", datasets)
 
@@ -966,6 +967,13 @@ def test_hugging_face_texts_images_and_numbers(monkeypatch):
     install_hub(monkeypatch, validation=None)
     with pytest.raises(ValueError, match="expected a split `train`, it has validation"):
         load_dataset("hf:table")
+
+
+def test_a_hub_that_runs_code_is_refused(monkeypatch):
+    install_hub(monkeypatch)
+    monkeypatch.setattr(sys.modules["datasets"], "__version__", "3.6.0")
+    with pytest.raises(ImportError, match=r"hf:imdb: datasets 3.6.0 may run code that a set bring"):
+        load_dataset("hf:imdb")
 
 
 def test_hidden_labels_of_hugging_face(monkeypatch):

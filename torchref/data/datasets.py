@@ -1,6 +1,7 @@
 """Small sets that need no network, files of one's own, and adapters to others' collections."""
 
 import hashlib
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from torchref.data.images import find_idx, read_folder, read_idx
+from torchref.data.reading import check_file, check_size
 from torchref.data.table import (
     FLOAT32_MAX,
     Column,
@@ -253,9 +255,13 @@ def read_features(
         return _encode_samples(read_table(path), columns, missing, target)
     if path.suffix != ".npy":
         raise ValueError(f"{path}: expected a .csv or .npy file")
+    check_file(path)
     try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        with np.errstate(over="ignore"):  # a size that overflows is refused
+            array = np.lib.format.open_memmap(path, mode="r")  # looks at the file's size first
+    except OSError:
+        raise
+    except Exception as error:  # NumPy's, of many classes
         raise ValueError(f"{path}: not a .npy file of numbers: {error}") from None
     if array.ndim < 2 or array.dtype.kind not in "fiub":
         raise ValueError(
@@ -309,6 +315,7 @@ def read_texts(path: str | Path, target: str | None = None) -> list[str]:
     if path.suffix == ".csv":
         table = read_table(path)
         return table.cells(_find_text(table, None if target is None else table.find(target)))
+    check_file(path)
     try:
         return path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
@@ -422,13 +429,7 @@ def _from_text(table: Table, target: str | None) -> Dataset:
 
 
 def _from_npz(path: Path, task: str) -> Dataset:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # zipfile's and NumPy's, of many classes
-        raise ValueError(f"{path}: not an .npz file of arrays: {error}") from None
+    arrays = _read_npz(path)
     names = ("x", "y") if "x" in arrays else ("x_train", "y_train", "x_test", "y_test")
     if absent := [name for name in names if name not in arrays]:
         raise ValueError(
@@ -461,6 +462,21 @@ def _from_npz(path: Path, task: str) -> Dataset:
     if x.min(initial=0) < 0:
         raise ValueError(f"{path}: x: expected pixels from 0 on, got {x.min()}")
     return image_set(x, targets, test)
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    check_file(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path}: not an .npz file of arrays: {error}") from None
+    check_size(path, unpacked)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except Exception as error:  # zipfile's and NumPy's, of many classes
+        raise ValueError(f"{path}: not an .npz file of arrays: {error}") from None
 
 
 def _from_folder(path: Path, size: int | None) -> Dataset:

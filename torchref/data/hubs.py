@@ -82,6 +82,11 @@ def from_hugging_face(
         datasets: Any = importlib.import_module("datasets")
     except ImportError as error:
         raise ImportError(f"hf:{name}: {error}: pip install datasets") from None
+    if int(datasets.__version__.split(".")[0]) < 4:
+        raise ImportError(
+            f"hf:{name}: datasets {datasets.__version__} may run code that a set brings: "
+            "pip install 'datasets>=4'"
+        )
     loaded = datasets.load_dataset(name, cache_dir=None if root is None else str(root))
     if "train" not in loaded:
         raise ValueError(f"hf:{name}: expected a split `train`, it has {', '.join(loaded)}")

@@ -2,27 +2,33 @@
 
 import gzip
 import math
+import os
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 
+from torchref.data.reading import check_file, check_size
+
 IDX_TYPES = {8: "u1", 9: "i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
 ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF")  # others may start a program: EPS does
 
 
 def read_idx(path: str | Path) -> np.ndarray:
     """Read an IDX file, packed by gzip where its name ends in ``.gz``.
 
     Raises:
-        ValueError: it is no IDX file, it is truncated, or something follows the data.
+        ValueError: it is no IDX file, it is truncated, something follows the data, or what is
+            packed is over a hundred times as large.
         FileNotFoundError: there is no such file.
 
     Source: LeCun, Cortes and Burges, "The MNIST database", its last section.
     """
     path = Path(path)
+    check_file(path)
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rb") as file:
         try:
@@ -41,6 +47,8 @@ def _parse_idx(file, path: Path) -> np.ndarray:
     shape = struct.unpack(f">{start[3]}I", sizes)
     dtype = np.dtype(IDX_TYPES[start[2]])
     expected = math.prod(shape) * dtype.itemsize
+    if path.suffix == ".gz":
+        check_size(path, expected)
     content = _read_at_most(file, expected + 1)
     if len(content) != expected:
         what = "truncated" if len(content) < expected else "too long"
@@ -88,15 +96,24 @@ def read_folder(root: str | Path, size: int | None = None) -> tuple[np.ndarray, 
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder")
     files = [
-        path
-        for folder in sorted(p for p in root.iterdir() if p.is_dir())
-        for path in sorted(folder.iterdir())
-        if path.suffix.lower() in ENDINGS
+        root / label / name
+        for label in _names(root, os.DirEntry.is_dir)
+        for name in _names(root / label, _is_image)
     ]
     if not files:
         raise ValueError(f"{root}: no images; expected one subfolder for each class")
     images = [_open_image(path, size) for path in files]
     return stack_images(images, map(str, files)), [path.parent.name for path in files]
+
+
+def _names(folder: Path, wanted: Callable[[os.DirEntry[str]], bool]) -> list[str]:
+    """In order; of what is not wanted, be it a million, nothing is kept."""
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if wanted(entry))
+
+
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    return os.path.splitext(entry.name)[1].lower() in ENDINGS
 
 
 def stack_images(images: list[np.ndarray], names: Iterable[str]) -> np.ndarray:
@@ -117,12 +134,13 @@ def _size(image: np.ndarray) -> str:
 
 
 def _open_image(path: Path, size: int | None) -> np.ndarray:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
+    check_file(path)
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return as_pixels(image, size)
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError, ValueError) as error:
+    except Exception as error:  # a damaged file may raise anything
         raise ValueError(f"{path}: not a readable image: {error}") from None
 
 

@@ -1,20 +1,26 @@
 """Tables of text (CSV): what each column holds, and its cells as numbers."""
 
+import codecs
 import csv
-import io
 import math
-from collections.abc import Iterable, Sequence
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
+from itertools import accumulate, chain, repeat
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from torchref.data.reading import check_file, check_size
+
 FLOAT32_MAX = torch.finfo(torch.float32).max
 MISSING = {"", "?", "-", "na", "n/a", "nan", "null", "none"}
-CELL = 2**24  # characters of a cell, at most: a long document
+LONGEST = 2**24  # characters of a row, at most: a long document
 CATEGORIES = 1000  # of a column, at most: each is a feature
 IDENTIFIERS = 100  # so many rows, none like another, are names of the rows
 YEARS = range(1900, 2101)
@@ -32,23 +38,56 @@ class Column:
         return 1 if self.categories is None else len(self.categories)
 
 
+class Rows:
+    """Rows of equally many cells, packed: as a string each, short cells take ten times the room."""
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+        self.lines = array("q")  # that each row ends on
+        self._text = bytearray()  # all cells, in UTF-8
+        self._starts = array("q")  # of the rows in it
+        self._ends = array("I")  # of the cells, from their row's start on
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def append(self, line: int, cells: list[str]) -> None:
+        encoded = [cell.encode() for cell in cells]
+        self.lines.append(line)
+        self._starts.append(len(self._text))
+        self._ends.extend(accumulate(map(len, encoded)))
+        self._text += b"".join(encoded)
+
+    def drop_first(self) -> None:
+        del self.lines[0], self._starts[0], self._ends[: self.width]
+
+    def column(self, position: int) -> list[str]:
+        ends = self._ends[position :: self.width]
+        begins = self._ends[position - 1 :: self.width] if position else repeat(0, len(self))
+        places = zip(self._starts, begins, ends, strict=True)
+        return [self._text[start + begin : start + end].decode() for start, begin, end in places]
+
+
 @dataclass(frozen=True)
 class Table:
-    """The cells of a file with the line that each row ends on."""
+    """The cells of a file."""
 
     path: Path
     names: list[str]  # 1, 2, ... where the file has none
-    lines: list[int]
-    rows: list[list[str]]
+    rows: Rows
     header: bool
+
+    @cached_property
+    def _positions(self) -> dict[str, int]:
+        return {name: position for position, name in enumerate(self.names)}
 
     def find(self, name: str) -> int:
         """Where the column of that name is."""
-        if name not in self.names:
+        if name not in self._positions:
             raise ValueError(
                 f"{self.path}: no column {name!r}; it has {', '.join(self.names)}{self.delimiter}"
             )
-        return self.names.index(name)
+        return self._positions[name]
 
     @property
     def delimiter(self) -> str:
@@ -56,10 +95,10 @@ class Table:
         return _delimiter(self.names)
 
     def cells(self, position: int) -> list[str]:
-        return [row[position] for row in self.rows]
+        return self.rows.column(position)
 
     def place(self, row: int, position: int) -> str:
-        return f"{self.path}: row {self.lines[row]}, column {position + 1}"
+        return f"{self.path}: row {self.rows.lines[row]}, column {position + 1}"
 
 
 def read_table(path: str | Path) -> Table:
@@ -72,45 +111,77 @@ def read_table(path: str | Path) -> Table:
 
     Raises:
         ValueError: it is no CSV file, it has no rows, a row has another number of cells than the
-            first, or two columns have one name; the message names the row.
+            first or over 2**24 characters, or two columns have one name; the message names the row.
         FileNotFoundError: there is no such file.
     """
     path = Path(path)
-    rows = _parse(path)
-    width = len(rows[0][1]) if rows else 0
-    for line, cells in rows:
-        if len(cells) != width:
-            raise ValueError(
-                f"{path}: row {line}: expected {width} columns, got {len(cells)}"
-                f"{_delimiter(rows[0][1])}"
-            )
-    header = bool(rows) and _is_header(path, *rows[0], [cells for _, cells in rows[1:]])
-    if len(rows) == header:
+    check_file(path)
+    parsed = _parse(path)
+    line, first = next(parsed, (0, []))
+    if not first:
         raise ValueError(f"{path}: no rows")
-    names = [cell or "1" for cell in rows[0][1]] if header else [str(i + 1) for i in range(width)]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+    rows = Rows(len(first))
+    for place, cells in chain([(line, first)], parsed):
+        if len(cells) != rows.width:
+            raise ValueError(
+                f"{path}: row {place}: expected {rows.width} columns, got {len(cells)}"
+                f"{_delimiter(first)}"
+            )
+        rows.append(place, cells)
+    header = _is_header(path, line, first, lambda position: rows.column(position)[1:])
+    if header:
+        rows.drop_first()
+    if not len(rows):
+        raise ValueError(f"{path}: no rows")
+    names = [cell or "1" for cell in first] if header else [str(i + 1) for i in range(rows.width)]
+    name, count = Counter(names).most_common(1)[0]
+    if count > 1:
         raise ValueError(
-            f"{path}: row {rows[0][0]}: two columns are called {twice!r}; a table of words alone "
+            f"{path}: row {line}: two columns are called {name!r}; a table of words alone "
             "needs a header"
         )
-    lines, cells = zip(*rows[header:], strict=True)
-    return Table(path, names, list(lines), list(cells), header)
+    return Table(path, names, rows, header)
 
 
-def _parse(path: Path) -> list[tuple[int, list[str]]]:
+def _parse(path: Path) -> Iterator[tuple[int, list[str]]]:
     """The rows that are not blank, each with the line that it ends on."""
-    csv.field_size_limit(max(CELL, csv.field_size_limit()))  # of the process, so never lowered
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}: row {line}: not a CSV file in UTF-8: {error.reason}") from None
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
-    try:
-        return [(reader.line_num, [c.strip() for c in cells]) for cells in reader if cells]
-    except csv.Error as error:
-        raise ValueError(f"{path}: row {reader.line_num}: not a CSV file: {error}") from None
+    csv.field_size_limit(max(LONGEST, csv.field_size_limit()))  # of the process, so never lowered
+    left = LONGEST
+
+    def read_lines() -> Iterator[str]:
+        nonlocal left
+        while line := file.readline(left + 1):
+            left -= len(line)
+            if left < 0 or "\0" in line:
+                wrong = f"over {LONGEST} characters" if left < 0 else "a NUL"
+                raise ValueError(f"{path}: row {reader.line_num + 1}: not a CSV file: {wrong}")
+            yield line
+
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(read_lines(), strict=True, skipinitialspace=True)
+        try:
+            for cells in reader:
+                left = LONGEST
+                if cells:
+                    yield reader.line_num, [cell.strip() for cell in cells]
+        except csv.Error as error:
+            raise ValueError(f"{path}: row {reader.line_num}: not a CSV file: {error}") from None
+        except UnicodeDecodeError as error:
+            row, reason = _find_undecodable(path), error.reason
+            raise ValueError(f"{path}: row {row}: not a CSV file in UTF-8: {reason}") from None
+
+
+def _find_undecodable(path: Path) -> int:
+    """The first line that is not UTF-8, in a file that has one."""
+    decoder, line = codecs.getincrementaldecoder("utf-8")(), 1
+    with open(path, "rb") as file:
+        while chunk := file.read(2**16):
+            try:
+                decoder.decode(chunk)
+            except UnicodeDecodeError as error:
+                return line + error.object[: error.start].count(b"\n")
+            line += chunk.count(b"\n")
+    return line  # it ends within a character
 
 
 def find_columns(
@@ -186,9 +257,12 @@ def encode(
 
     Raises:
         ValueError: a cell is missing and ``missing`` is ``refuse``, or a cell is no number, or none
-            of its column's categories; row and column are named.
+            of its column's categories; row and column are named. Or the features would take over
+            a hundred times the room of the file.
     """
-    features = np.zeros((len(table.rows), sum(column.width for column in columns)), np.float32)
+    shape = len(table.rows), sum(column.width for column in columns)
+    check_size(table.path, 4 * math.prod(shape))
+    features = np.zeros(shape, np.float32)
     start = 0
     for column, position in zip(columns, positions, strict=True):
         places = {c: start + i for i, c in enumerate(column.categories or ())}
@@ -241,15 +315,14 @@ def is_missing(cell: str) -> bool:
     return cell.lower() in MISSING
 
 
-def _is_header(path: Path, line: int, first: list[str], below: list[list[str]]) -> bool:
+def _is_header(path: Path, line: int, first: list[str], below: Callable[[int], list[str]]) -> bool:
     """Whether the first line holds names only; where it nearly does, it is refused."""
     names = first if first[0] else first[1:]
     odd = [cell for cell in names if not _is_name(cell)]
     if names and not odd:
         return True
-    columns = list(zip(first, zip(*below, strict=True), strict=False))  # none where all is one line
-    above_numbers = any(_is_name(cell) and _are_numbers(column) for cell, column in columns)
-    if odd and (above_numbers or _are_years(columns)):
+    above_numbers = any(_is_name(cell) and _are_numbers(below(i)) for i, cell in enumerate(first))
+    if odd and (above_numbers or _are_years(first, below)):
         raise ValueError(
             f"{path}: row {line}: it looks like a header, but {odd[0]!r} is no name; rename that, "
             "or write a line of names above the data"
@@ -266,11 +339,11 @@ def _are_numbers(cells: Iterable[str]) -> bool:
     return bool(present) and all(map(is_float, present))
 
 
-def _are_years(columns: Sequence[tuple[str, Sequence[str]]]) -> bool:
+def _are_years(first: list[str], below: Callable[[int], list[str]]) -> bool:
     """Whether names and years, two or more, are above what are no years."""
-    numbers = [(cell, below) for cell, below in columns if is_float(cell)]
-    return 1 < len(numbers) < len(columns) and all(
-        _is_year(cell) and not all(map(_is_year, below)) for cell, below in numbers
+    numbers = [i for i, cell in enumerate(first) if is_float(cell)]
+    return 1 < len(numbers) < len(first) and all(
+        _is_year(first[i]) and not all(map(_is_year, below(i))) for i in numbers
     )
 
 

@@ -18,7 +18,10 @@ class OneLineParser(ArgumentParser):
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
         warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-        return super().parse_args(*args, **kwargs)
+        try:
+            return super().parse_args(*args, **kwargs)
+        except UnicodeDecodeError as error:
+            self.error(f"config: not a text in UTF-8: {error}")
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {_one_line(message)}\n")

@@ -309,9 +309,20 @@ class _Reporter(Callback):
         self.report = report
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        loss = trainer.callback_metrics["val_loss"].item()
-        if math.isfinite(loss):  # else training stops here, by itself
-            self.report(trainer.current_epoch, loss)
+        self.report(trainer.current_epoch, trainer.callback_metrics["val_loss"].item())
+
+
+def try_once(objective: Objective, config: Config, root: Path, report: Report) -> Outcome:
+    """What comes of a trial, where a loss that is not finite is none and no pruner hears of it."""
+
+    def report_finite(epoch: int, loss: float) -> None:
+        if math.isfinite(loss):
+            report(epoch, loss)
+
+    outcome = objective(config, root, report_finite)
+    if outcome.value is None or math.isfinite(outcome.value):
+        return outcome
+    return replace(outcome, value=None, error=f"its loss is {outcome.value}")
 
 
 # The search.
@@ -415,7 +426,7 @@ def tune(
         root: where runs are kept.
         objective: what a trial does instead of training. It is called with the configuration, the
             folder for its files and a function that takes epoch and loss, and returns an
-            :class:`Outcome`.
+            :class:`Outcome`. A trial whose loss is not finite has failed.
 
     Raises:
         ValueError: an argument is out of its range, malformed data, or a resumed search differs.
@@ -570,12 +581,17 @@ def run_optuna(plan: Plan, objective: Objective) -> list[Trial]:
 def _storage(plan: Plan) -> "optuna.storages.RDBStorage":
     import optuna
     from sqlalchemy import URL
+    from sqlalchemy.exc import DatabaseError
 
-    # not f"sqlite:///...", which takes what follows a ? in a folder's name for options
-    return optuna.storages.RDBStorage(
-        str(URL.create("sqlite", database=str(plan.path / "study.db"))),
-        engine_kwargs={"connect_args": {"timeout": 60}},  # seconds that a writer waits
-    )
+    path = plan.path / "study.db"
+    try:
+        # not f"sqlite:///...", which takes what follows a ? in a folder's name for options
+        return optuna.storages.RDBStorage(
+            str(URL.create("sqlite", database=str(path))),
+            engine_kwargs={"connect_args": {"timeout": 60}},  # seconds that a writer waits
+        )
+    except DatabaseError as error:
+        raise ValueError(f"resume: {path} is damaged: {error.orig}") from None
 
 
 def _open_study(plan: Plan, storage: "optuna.storages.RDBStorage") -> "optuna.Study":
@@ -658,7 +674,8 @@ def _run_trial(
             raise optuna.TrialPruned
 
     try:
-        return objective(plan.trial_config(params, trial.number), plan.path / "trials", report)
+        config = plan.trial_config(params, trial.number)
+        return try_once(objective, config, plan.path / "trials", report)
     except optuna.TrialPruned:
         return None
 

@@ -9,10 +9,11 @@ python scripts/train.py predict samples.csv --run runs/digits --threshold 0.9
 """
 
 import csv
+import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from torchref.training import (
     learning_rate_range,
     log_loss,
     overfit_one_batch,
+    read_checkpoint,
 )
 from torchref.training.command_line import (
     USER_ERRORS,
@@ -90,6 +92,8 @@ def train(parser: OneLineParser, argv: list[str]) -> None:
         parser.exit(0 if probe(run, args) else 1)
     try:
         metrics = run.execute()
+    except ConnectionError as error:
+        lost(parser, f"{error}; continue with --resume --name {run.path.name}")
     except OSError as error:
         parser.error(describe(error))
     except SystemExit:  # how Lightning leaves after Ctrl-C
@@ -106,6 +110,14 @@ def train(parser: OneLineParser, argv: list[str]) -> None:
 def interrupted(parser: OneLineParser, message: str = "interrupted\n") -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C while Python ends
     parser.exit(130, message)
+
+
+def lost(parser: OneLineParser, message: str) -> NoReturn:
+    """End at once: what Python does at its end takes seconds, or waits for the lost process."""
+    print(f"{parser.prog}: error: {message}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def probe(run: Run, args: Any) -> bool:
@@ -189,9 +201,11 @@ def load(checkpoint: Path) -> MLPClassifier | MLPRegressor:
     if not checkpoint.exists():
         raise FileNotFoundError(f"no trained run in {checkpoint.parent} ({checkpoint} is missing)")
     try:
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)["hyper_parameters"]
-        model = MLPClassifier if "classes" in saved else MLPRegressor
-        return model.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
+        saved = read_checkpoint(checkpoint)
+        options = saved["hyper_parameters"]
+        model = (MLPClassifier if "classes" in options else MLPRegressor)(**options)
+        model.load_state_dict(saved["state_dict"])
+        return model
     except Exception:  # a damaged file may raise anything
         raise ValueError(f"{checkpoint}: not a checkpoint of a training run, or damaged") from None
 

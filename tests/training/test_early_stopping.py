@@ -168,3 +168,21 @@ def test_a_metric_that_nobody_logs_is_named():
         RestoreBest(mode="least")
     with pytest.raises(ValueError, match="start_from_epoch: expected >= 0, got -1"):
         EarlyStopping(start_from_epoch=-1)
+
+
+def test_what_stopped_once_may_fit_again():
+    stopping = EarlyStopping("val_loss", patience=1)
+    assert train(Planted([1.0, 2.0, 3.0]), [stopping], 3).current_epoch == 2
+    assert train(Planted([0.5, 0.4, 0.3]), [stopping], 3).current_epoch == 3
+
+
+@pytest.mark.parametrize(
+    ("losses", "reason"), [([1.0, 2.0], "did not improve"), ([1.0, math.nan], "NaN")]
+)
+def test_training_that_had_stopped_stops_again(tmp_path, losses, reason):
+    stopping, model, trainer = fit([*losses, 0.5, 0.4], path=tmp_path / "a.ckpt", patience=1)
+    again, resumed, trainer_again = fit([*losses, 0.5, 0.4], resume=tmp_path / "a.ckpt", patience=1)
+    assert reason in stopping.reason
+    assert again.reason == stopping.reason
+    assert trainer_again.global_step == trainer.global_step
+    assert resumed.weight == model.weight

@@ -130,6 +130,16 @@ def test_it_ends_when_the_loss_explodes():
     assert all(math.isfinite(loss) for loss in losses)
 
 
+def test_a_first_loss_that_is_nan_gives_no_rates_and_an_empty_picture(tmp_path):
+    x, y = batch(60)
+    model = classifier(depth=0)
+    with torch.no_grad():
+        next(model.net.parameters()).fill_(torch.nan)
+    data = DataModule(x, y, batch_size=32)
+    assert learning_rate_range(model, data, tmp_path / "a.png") == ([], [], None)
+    assert (tmp_path / "a.png").stat().st_size > 1000
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"steps": 5}, "steps: expected >= 20"), ({"low": 0.0}, "low: expected > 0 and below 1.0")],

@@ -1,13 +1,15 @@
 import csv
 import json
+import math
 import re
 from dataclasses import replace
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 import torchref
-from torchref.training import Config, MLPClassifier, MLPRegressor, Run
+from torchref.training import Config, MLPClassifier, MLPRegressor, Run, read_checkpoint
 from torchref.training.compare import read_run
 
 pytestmark = [
@@ -465,3 +467,29 @@ def test_a_resumed_run_that_stops_leaves_nothing_of_the_earlier_result(tmp_path,
     _, after = run(tmp_path, resume="last")
     assert after["test_opened"] == 2
     assert after["seconds"] > before["seconds"]
+
+
+class Spoil(Callback):
+    """A batch of the third epoch that is not finite."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if (trainer.current_epoch, batch_idx) == (2, 3):
+            batch[0][5] = math.nan
+
+
+def test_a_run_that_meets_nan_says_where_and_keeps_the_last_good_weights(tmp_path):
+    made, metrics = run(tmp_path, callbacks=[Spoil()])
+    why = "the loss became NaN at epoch 2, batch 3: the batch is not finite, samples 5"
+    assert metrics["stop_reason"] == why
+    assert metrics["epochs"] == 3
+    assert math.isnan(made.history.rows[-1]["train_loss"])
+    assert math.isfinite(metrics["best_val_loss"])
+    for name in ("best.ckpt", "last.ckpt"):
+        saved = read_checkpoint(tmp_path / "iris" / name)["state_dict"]
+        assert all(x.isfinite().all() for x in saved.values())
+    with pytest.raises(ValueError, match=rf"resume: .*iris had stopped: {why}"):
+        Run(replace(IRIS, epochs=9), resume="last", root=tmp_path)
+    metrics_file = tmp_path / "iris" / "metrics.json"
+    metrics_file.unlink()  # as if it had been killed before the end
+    again = Run(IRIS, resume="last", root=tmp_path, progress=False).execute()
+    assert {**again, "seconds": 0} == {**metrics, "seconds": 0}

@@ -31,6 +31,7 @@ from torchref.training.tune import (
     measure_importance,
     plot_history,
     plot_sweep,
+    try_once,
     tune,
 )
 
@@ -252,6 +253,33 @@ def test_a_failed_trial_is_one_of_the_trials(tmp_path, capsys):
     assert lines[-1].startswith("3/3  trial 2: ")
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_loss_that_is_not_finite_is_no_loss(value, place, tmp_path):
+    def planted(config, root, report):
+        loss = value if config.depth == place + 1 else 2.0
+        report(0, loss)
+        return Outcome(loss, 0.1, 1)
+
+    results = search(tmp_path, ["depth=1,2"], planted, method="grid")
+    bad = next(trial for trial in results.trials if trial.params["depth"] == place + 1)
+    assert (bad.state, bad.value, bad.error) == ("failed", None, f"its loss is {value}")
+    assert results.best.value == 2.0
+    assert "inf" not in (results.path / "trials.csv").read_text()
+
+
+def test_a_pruner_hears_of_no_loss_that_is_not_finite(tmp_path):
+    heard = []
+
+    def objective(config, root, report):
+        for epoch, loss in enumerate([math.nan, 1.0, -math.inf]):
+            report(epoch, loss)
+        return Outcome(1.0)
+
+    try_once(objective, IRIS, tmp_path, lambda *values: heard.append(values))
+    assert heard == [(1, 1.0)]
+
+
 def test_all_failed(tmp_path):
     results = search(tmp_path, ["depth=1,2"], lambda *_: Outcome(error="no"), method="grid")
     assert results.best is None
@@ -470,7 +498,7 @@ def test_what_cannot_run_or_diverges_has_failed(tmp_path):
     states = {trial.params["lr"]: (trial.state, trial.error) for trial in results.trials}
     assert states == {0.01: ("complete", None), 1e30: ("failed", "val_loss was never finite")}
     told = []  # a loss that is not finite would be pruned, not failed
-    Training()(replace(config, lr=1e30), tmp_path, lambda *args: told.append(args))
+    try_once(Training(), replace(config, lr=1e30), tmp_path, lambda *args: told.append(args))
     assert told == []
     outcome = Training()(replace(IRIS, batch_size=1), tmp_path, lambda *args: None)
     assert outcome.error.startswith("batch_size: batch norm needs two samples or more")

@@ -132,6 +132,9 @@ class Config:
     devices: int | str = _option(1, "Lightning's: how many, which (0,1), or auto")
     strategy: str = _option("auto", "Lightning's: auto, ddp, ...")
     num_nodes: int = _option(1, "machines, under a launcher on each")
+    timeout: float = _option(
+        1800.0, "seconds that a process of several waits for the others, > 0; DDP's alone"
+    )
     precision: int | str = _option("32", "Lightning's: 32, 64, 16-mixed, bf16-mixed, ...")
     threads: int | Literal["auto"] = _option(
         "auto", "CPU threads; auto is 1 for a small network, faster there, else torch's choice"

@@ -111,6 +111,11 @@ class EarlyStopping(callbacks.EarlyStopping):
         self.reason = "not started"
         self._became = ""  # the metric that stopped it: NaN or infinite
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":  # a checkpoint comes later
+            self.stopping_reason = EarlyStoppingReason.NOT_STOPPED
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.stopping_reason is not EarlyStoppingReason.NOT_STOPPED:  # by the checkpoint
             trainer.should_stop = True

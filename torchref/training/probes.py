@@ -174,8 +174,8 @@ def _draw(rates: list[float], losses: list[float], suggestion: float | None, pat
         label = f"steepest fall: {suggestion:.2g}"
         axes.axvline(suggestion, color="0.4", linestyle="--", linewidth=1, label=label)
     axes.set_xscale("log")
-    least = min(losses)
-    axes.set_ylim(top=losses[0] + 0.5 * (losses[0] - least))
+    if losses:  # none where the first was not finite
+        axes.set_ylim(top=losses[0] + 0.5 * (losses[0] - min(losses)))
     axes.set_xlabel("learning rate")
     axes.set_title("loss while the learning rate grows")
     axes.legend(frameon=False)

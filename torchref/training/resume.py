@@ -26,8 +26,9 @@ class ExactResume(Callback):
     torchmetrics that the module holds and that have seen a batch. Together with a
     :class:`ResumableDataLoader` a resumed run draws the dropout masks and augmentations, takes
     the batches and logs the values of the uninterrupted run. Each of several processes has a state
-    of its own; a run that goes on with another number of them begins anew from the first one's
-    generators, and with empty metrics.
+    of its own. With another number of them the shares of the samples are others: the epoch that
+    the checkpoint is of begins anew, from the weights of the checkpoint, with the first process's
+    generators and empty metrics.
 
     Not covered: the mean over an epoch that Lightning takes of a plain tensor logged with
     ``on_epoch=True`` has the batches since the resume alone (log a :class:`torchmetrics.MeanMetric`
@@ -61,6 +62,8 @@ class ExactResume(Callback):
         _set_generators(state["generators"])
         if same:
             _set_metrics(pl_module, state["metrics"])
+        elif "loops" in checkpoint:
+            _begin_epoch_anew(checkpoint["loops"]["fit_loop"])
 
 
 class ResumableDataLoader(DataLoader):
@@ -182,6 +185,15 @@ def _set_generators(states: dict[str, Any]) -> None:
     np.random.set_state((kind, words.cpu().numpy(), *counts))
     version, numbers, last = states["python"]
     random.setstate((version, tuple(numbers.tolist()), last))
+
+
+def _begin_epoch_anew(fit_loop: dict[str, Any]) -> None:
+    """Take back the batches of an epoch that are done, in Lightning's counts and its loaders."""
+    fit_loop["state_dict"].pop("combined_loader", None)
+    counts = fit_loop["epoch_loop.batch_progress"]["current"]
+    done = counts["ready"]
+    for name in counts:  # `completed` is still behind by the batch whose hook saved
+        counts[name] -= done
 
 
 def _metrics(module: nn.Module) -> dict[str, dict[str, Any]]:

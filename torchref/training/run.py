@@ -42,8 +42,10 @@ from torchref.training.data_module import DataModule
 from torchref.training.early_stopping import EarlyStopping
 from torchref.training.gradient_flow import GradientFlowCallback
 from torchref.training.history import History
+from torchref.training.lost_process import EndTogether, set_timeout, told_when_lost
 from torchref.training.mlp import build_normalizer
 from torchref.training.module import MLPClassifier, MLPRegressor
+from torchref.training.non_finite import StopOnNonFinite
 from torchref.training.parity import Parity
 from torchref.training.progress import EpochProgress
 from torchref.training.resume import ExactResume
@@ -159,6 +161,7 @@ class Run:
         self.stopping = EarlyStopping(
             "val_loss", patience=config.patience, start_from_epoch=config.start_from_epoch
         )
+        self.finite = StopOnNonFinite()
         self.history = History()
         self.gradients = GradientFlowCallback()
         self.before = Earlier()
@@ -169,6 +172,7 @@ class Run:
             self.trainer = self._trainer(callbacks, progress)
         except TypeError as error:  # Lightning's, for devices that are no devices
             raise ValueError(f"devices: {error}") from None
+        set_timeout(self.trainer, config.timeout)
         if str(config.precision) in ("16", "16-mixed") and self.trainer.precision == "bf16-mixed":
             raise ValueError("precision: 16-mixed needs a GPU; use bf16-mixed")
         launched, joined = int(os.environ.get("WORLD_SIZE", 1)), self.trainer.world_size
@@ -210,6 +214,7 @@ class Run:
             done = saved["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
             data = saved[type(self.data).__qualname__]["fingerprint"]
             waited = saved["callbacks"][self.stopping.state_key]["wait_count"]
+            broken = saved["callbacks"][self.finite.state_key]["reason"]
         except KeyError as error:
             raise ValueError(f"resume: {path} is no run's checkpoint: no {error}") from None
         if data != self.data.fingerprint:
@@ -219,6 +224,8 @@ class Run:
             )
         self.before, finished = _earlier(self.path / "metrics.json")
         if finished:  # else there is something left to do: the scores
+            if broken:
+                raise ValueError(f"resume: {self.path} had stopped: {broken}")
             epochs, patience = self.config.epochs, self.config.patience
             check_range("epochs", epochs, f"more than the {done} done", epochs > done)
             expected = f"more than the {waited} epochs it has waited"
@@ -242,7 +249,10 @@ class Run:
     def _trainer(self, more: Iterable[Callback], progress: bool) -> Trainer:
         quiet()
         config = self.config
-        callbacks: list[Callback] = [self.stopping, self.history, self.gradients, ExactResume()]
+        # first, for no other callback is to see gradients that are not finite
+        callbacks: list[Callback] = [self.finite, self.stopping, self.history, self.gradients]
+        callbacks.append(ExactResume())
+        callbacks.append(EndTogether())
         if progress:
             callbacks.append(EpochProgress())
         if self.parity:
@@ -287,8 +297,9 @@ class Run:
 
         Raises:
             OSError: the folder cannot be written, or another run is writing to it.
+            ConnectionError: another process of this run ended or did not answer in time.
         """
-        with self._alone():
+        with self._alone(), told_when_lost(self.trainer):
             return self._execute(test)
 
     def _execute(self, test: bool) -> dict[str, Any]:
@@ -306,7 +317,7 @@ class Run:
             "best_val_loss": best,
             "best_epoch": best_epoch,
             "epochs": len(self.history.rows),
-            "stop_reason": self.stopping.reason,
+            "stop_reason": self.finite.reason or self.stopping.reason,
             "parity_max_loss_diff": self.parity.max_loss_diff if self.parity else None,
             "seconds": round(self.before.seconds + time.perf_counter() - begin, 2),
             "seed": self.config.seed,

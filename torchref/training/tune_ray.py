@@ -21,6 +21,7 @@ from torchref.training.tune import (
     Trial,
     best_of,
     tell_progress,
+    try_once,
 )
 
 if TYPE_CHECKING:
@@ -113,7 +114,8 @@ def _trainable(plan: Plan, objective: Objective) -> Any:
             best = min(best, loss)
             tune.report({"val_loss": loss, "best_val_loss": best, "epochs": epoch + 1})
 
-        outcome = objective(plan.trial_config(_params(plan, values), number), root, report)
+        config = plan.trial_config(_params(plan, values), number)
+        outcome = try_once(objective, config, root, report)
         if outcome.value is None:  # no exception: Ray would start a new process for the next trial
             lost = {"best_val_loss": float("inf"), "error": outcome.error}
             tune.report({**lost, "epochs": outcome.epochs})

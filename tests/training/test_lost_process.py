@@ -1,0 +1,376 @@
+"""A process that is killed or hangs ends the others, and what is left goes on, bit for bit."""
+
+import csv
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from torchref.training import Config, Run, read_checkpoint
+from torchref.training import checkpoint as writing
+from torchref.training.lost_process import EndTogether
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
+# Ten batches an epoch for each of two processes, dropout, augmentation, batch norm of both.
+CONFIG = Config(
+    "digits",
+    epochs=3,
+    batch_size=64,
+    width=32,
+    augment={"noise": 0.1, "rotation": 10},
+    accelerator="cpu",
+    devices=2,
+    parity=False,
+    save_every=3,
+    threads=1,
+    name="run",
+)
+SAMPLES = 1257  # of the training part
+BATCHES = 10
+HOOKS = ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end")
+RARE_HOOKS = ("on_validation_batch_start", "on_train_epoch_end", "on_test_batch_start")
+SYSTEM_CALLS = ("fsync", "link", "replace")  # of the first process, which writes
+KILLED = -signal.SIGKILL
+FAILED, LOST = 3, 4  # exit codes: an error of its own, another process's end
+LIMIT = 60  # seconds; without a timeout the others would wait for 1800
+
+
+class Witness(Callback):
+    """Writes down each batch of training as it is after augmentation."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        numbers = [x.double().sum().item() for x in batch]
+        with open(self.path, "a") as file:
+            file.write(f"{trainer.current_epoch} {batch_idx} {len(batch[1])} {numbers}\n")
+
+
+class Trouble(Callback):
+    """A signal, or without one an error, when a hook or a system call comes for the n-th time."""
+
+    def __init__(self, place, count, number=signal.SIGKILL):
+        self.left, self.number = count, number
+        if place in SYSTEM_CALLS:
+            call = getattr(os, place)
+
+            def counted(*args, **kwargs):
+                self.count()
+                return call(*args, **kwargs)
+
+            setattr(writing.os, place, counted)
+        else:
+            setattr(self, place, lambda *args, **kwargs: self.count())
+
+    def count(self):
+        self.left -= 1
+        if self.left == 0:
+            if self.number is None:
+                raise RuntimeError("its own")
+            os.kill(os.getpid(), self.number)
+
+
+def part_of_a_run(rank, port, root, config, resume, victim=None, *trouble):
+    """In a process of its own: a run up to its end, or to the end of one of its processes."""
+    if config.devices > 1:  # what torchrun tells
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": config.devices}
+        place |= {"LOCAL_WORLD_SIZE": config.devices, "TORCHELASTIC_RUN_ID": "test"}
+        place |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        place |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
+        os.environ.update({name: str(value) for name, value in place.items()})
+    callbacks = [Witness(root / f"batches-{rank}.txt")]
+    callbacks += [Trouble(*trouble)] if rank == victim else []
+    code = 0
+    try:
+        Run(config, resume=resume, root=root, callbacks=callbacks, progress=False).execute()
+    except ConnectionError as error:
+        code = LOST if "another process of this run" in str(error) else 1
+    except RuntimeError as error:
+        code = FAILED if str(error) == "its own" else 1
+    os._exit(code)  # at an ordinary exit a thread of gloo's that is still there aborts the process
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Starts processes that have imported everything and done nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torchref.training", "sklearn.datasets", "kornia"])
+
+    def call(root, config, *trouble):
+        """The exit codes, of a new run or of one that goes on; None of one that has not ended."""
+        resume = "last" if (root / "run" / "last.ckpt").exists() else None
+        store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+            "localhost", 0, is_master=True, wait_for_workers=False
+        )
+        started = [
+            context.Process(
+                target=part_of_a_run, args=(rank, store.port, root, config, resume, *trouble)
+            )
+            for rank in range(config.devices)
+        ]
+        for process in started:
+            process.start()
+        end = time.monotonic() + LIMIT
+        stopped = trouble[0] if signal.SIGSTOP in trouble else None
+        for rank, process in enumerate(started):
+            if rank != stopped:
+                process.join(end - time.monotonic())
+        codes = [process.exitcode for process in started]
+        for process in started:
+            process.kill()
+            process.join()
+        return codes
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def whole(processes, tmp_path_factory):
+    """A run that nobody disturbs."""
+    root = tmp_path_factory.mktemp("whole")
+    assert processes(root, CONFIG) == [0, 0]
+    return root
+
+
+def assert_same(root, whole):
+    """Weights, optimizer, metrics, files and batches are those of the whole run."""
+    for name in ("best.ckpt", "last.ckpt"):
+        found, expected = (read_checkpoint(r / "run" / name) for r in (root, whole))
+        for key in ("state_dict", "optimizer_states", "epoch", "global_step", "ExactResume"):
+            assert same(found.get(key), expected.get(key)), (name, key)
+        callbacks = {k: v for k, v in expected.get("callbacks", {}).items() if "Last" not in k}
+        for key, value in callbacks.items():
+            assert same(found["callbacks"][key], value), (name, key)
+    assert metrics(root) == metrics(whole)
+    assert table(root) == table(whole)
+    for rank in range(2):
+        assert set(batches(root, rank)) == set(batches(whole, rank))
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        flat = [x.contiguous().reshape(-1).view(torch.uint8) for x in (a, b)]
+        return (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(*flat)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b or (a != a and b != b)
+
+
+def metrics(root):
+    found = json.loads((root / "run" / "metrics.json").read_text())
+    return {key: value for key, value in found.items() if key != "seconds"}
+
+
+def table(root):
+    """By step, for a resumed run logs what it knows of an epoch in one row."""
+    found = {}
+    with open(root / "run" / "metrics.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            found.setdefault(row["step"], {}).update({k: v for k, v in row.items() if v})
+    return found
+
+
+def batches(root, rank):
+    return (root / f"batches-{rank}.txt").read_text().splitlines()
+
+
+def codes_of(victim, code):
+    return [code if rank == victim else LOST for rank in range(2)]
+
+
+@pytest.mark.parametrize(
+    "kills",
+    [
+        [(1, "on_before_optimizer_step", 5), (0, "on_train_batch_end", 12)],
+        [(0, "fsync", 9), (1, "on_train_batch_start", 7)],
+        [(1, "on_validation_batch_start", 2)],
+    ],
+    ids=lambda kills: "-".join(f"{victim}_{place}_{count}" for victim, place, count in kills),
+)
+def test_a_killed_process_ends_the_other_and_the_run_goes_on(kills, processes, whole, tmp_path):
+    for kill in kills:
+        assert processes(tmp_path, CONFIG, *kill) == codes_of(kill[0], KILLED)
+    assert processes(tmp_path, CONFIG) == [0, 0]
+    assert_same(tmp_path, whole)
+
+
+@pytest.mark.slow
+def test_ten_random_kill_points(processes, whole, tmp_path_factory, record_testsuite_property):
+    survived, seed = 0, int(os.environ.get("TORCHREF_SEED", random.randrange(10**6)))
+    draw = random.Random(seed)
+    print(f"TORCHREF_SEED={seed}")
+    while survived < 10:
+        root = tmp_path_factory.mktemp("killed")
+        killed = 0
+        while True:
+            victim, rare = draw.randrange(2), draw.random() < 0.2
+            common = HOOKS if victim else HOOKS + SYSTEM_CALLS
+            place = draw.choice(RARE_HOOKS if rare else common)
+            count = draw.randint(1, 2 if rare else 2 * BATCHES)
+            codes = processes(root, CONFIG, victim, place, count)
+            killed += codes[victim] == KILLED
+            if codes[0] == 0:  # it came to its end before, or did without the other
+                break
+            assert codes == codes_of(victim, KILLED), (victim, place, count)
+        assert_same(root, whole)
+        survived += killed
+    record_testsuite_property("kill points survived with two processes", survived)
+
+
+def test_a_process_that_hangs_ends_the_other_after_the_timeout(processes, tmp_path):
+    config = replace(CONFIG, timeout=8)  # the start counts, too
+    trouble = (1, "on_before_optimizer_step", 5, signal.SIGSTOP)
+    assert processes(tmp_path, config, *trouble) == codes_of(1, None)
+    assert read_checkpoint(tmp_path / "run" / "last.ckpt")["global_step"] == 3
+
+
+def test_an_error_of_its_own_stays_what_it_is(processes, tmp_path):
+    trouble = (1, "on_before_optimizer_step", 2, None)
+    assert processes(tmp_path, CONFIG, *trouble) == codes_of(1, FAILED)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "save_every"),
+    [(2, 1, 3), (1, 2, 3), (2, 1, None)],
+    ids=["one_fewer", "one_more", "after_an_epoch"],
+)
+def test_another_number_of_processes_begins_the_epoch_anew(
+    before, after, save_every, processes, tmp_path
+):
+    config, other = (
+        replace(CONFIG, devices=devices, save_every=save_every) for devices in (before, after)
+    )
+    per_epoch = [-(-SAMPLES // devices // 64) for devices in (before, after)]
+    kill = (before - 1, "on_before_optimizer_step", per_epoch[0] + 9)
+    codes = processes(tmp_path, config, *kill)
+    assert codes == codes_of(1, KILLED)[-before:]
+    saved = read_checkpoint(tmp_path / "run" / "last.ckpt")
+    assert saved["epoch"] == (1 if save_every else 0)
+    assert saved["global_step"] == per_epoch[0] + (6 if save_every else 0)
+    done = len(batches(tmp_path, 0))
+    assert processes(tmp_path, other) == [0] * after
+    begun = [line.split() for line in batches(tmp_path, 0)[done:]]
+    assert [line[:2] for line in begun] == [
+        [str(epoch), str(batch)] for epoch in (1, 2) for batch in range(per_epoch[1])
+    ]
+    assert sum(int(line[2]) for line in begun) == 2 * -(-SAMPLES // after)
+    ended = read_checkpoint(tmp_path / "run" / "last.ckpt")
+    assert ended["global_step"] == saved["global_step"] + 2 * per_epoch[1]
+    assert metrics(tmp_path)["epochs"] == 3
+
+
+def beside_a_failed_one():
+    """In a process of its own: Lightning's thread looks, and finds a process that failed."""
+    failed = subprocess.Popen([sys.executable, "-c", "raise SystemExit(1)"])
+    thread = _ChildProcessObserver(os.getpid(), [failed], sleep_period=1)
+    thread.start()
+    EndTogether().setup(Trainer(logger=False, accelerator="cpu"), LightningModule(), "fit")
+    failed.wait()
+    thread.join(30)
+
+
+def test_lightning_kills_none_that_can_tell():
+    process = multiprocessing.get_context("forkserver").Process(target=beside_a_failed_one)
+    process.start()
+    process.join(LIMIT)
+    assert process.exitcode == 0
+
+
+@pytest.mark.parametrize("timeout", [0, -1.0, float("nan"), float("inf")])
+def test_a_timeout_is_a_time(timeout, tmp_path):
+    with pytest.raises(ValueError, match=r"timeout: expected seconds in \(0, 1e9\], got"):
+        Run(Config("iris", timeout=timeout, accelerator="cpu"), root=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "victim", "number"),
+    [
+        ("lightning", 1, signal.SIGKILL),
+        *[
+            pytest.param(launcher, victim, number, marks=pytest.mark.slow)
+            for launcher, victim, number in [
+                ("lightning", 0, signal.SIGKILL),
+                ("torchrun", 0, signal.SIGKILL),
+                ("torchrun", 1, signal.SIGKILL),
+                ("lightning", 1, signal.SIGSTOP),
+                ("torchrun", 1, signal.SIGSTOP),
+            ]
+        ],
+    ],
+)
+def test_the_script_says_so_and_goes_on_with_one_process(launcher, victim, number, tmp_path):
+    hangs = number == signal.SIGSTOP
+    flags = ["--data", "iris", "--epochs", "10000", "--patience", "10000", "--batch_size", "4"]
+    flags += ["--accelerator", "cpu", "--devices", "2", "--strategy", "ddp", "--name", "run"]
+    flags += ["--save_every", "5", "--no-parity"]
+    flags += ["--timeout", "40"] if hangs else []
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *(torchrun if launcher == "torchrun" else []), SCRIPT, *flags]
+    last = tmp_path / "runs" / "run" / "last.ckpt"
+    with started_in(tmp_path, command) as process:
+        wait_for(last.exists, process)
+        ranks = children(process.pid)
+        if launcher == "lightning":
+            ranks = [process.pid, *ranks]
+        os.kill(ranks[victim], number)
+        # Nobody is left when this returns: whoever is left holds the other end of the pipe. One
+        # that hangs is killed by torchrun 30 seconds after the others have ended.
+        error = process.communicate(timeout=150)[1].decode()
+    said = [line for line in error.splitlines() if line.startswith("train.py: error: ")]
+    text = f"train.py: error: rank {1 - victim}: another process of this run ended or did not "
+    assert said == [f"{text}answer in time; continue with --resume --name run"]
+    assert "RuntimeError" not in error
+    assert process.returncode == (KILLED if (launcher, victim) == ("lightning", 0) else 1)
+    epochs = read_checkpoint(last)["epoch"] + 1
+    flags = ["--resume", "--name", "run", "--devices", "1", "--strategy", "auto"]
+    command = [sys.executable, SCRIPT, *flags, "--epochs", str(epochs + 1)]
+    with started_in(tmp_path, command) as process:
+        error = process.communicate(timeout=150)[1].decode()
+    assert process.returncode == 0, error
+    assert metrics(tmp_path / "runs")["epochs"] == epochs + 1
+
+
+@contextmanager
+def started_in(folder, command):
+    """A process of which nothing is left, whatever happens."""
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=folder, start_new_session=True, **pipes)
+    try:
+        yield process
+    finally:
+        # Torchrun's have groups of their own; Lightning's may outlive their launcher.
+        own = children(process.pid) if process.poll() is None else []
+        for pid in [*own, -process.pid]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.communicate()
+
+
+def wait_for(condition, process):
+    end = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

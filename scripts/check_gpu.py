@@ -9,7 +9,6 @@ record in docs/gpu/. Ends inside the minutes given: what has not run by then is 
 a failure. Exit status 0 if all passed, 1 if not, 2 where nothing could run.
 """
 
-import argparse
 import contextlib
 import datetime
 import importlib.util
@@ -25,6 +24,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
+from benchmarks.options import OneLineParser
+
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = "TORCHREF_CHECK_GPU_RECORD"  # where pytest, which loads this file as a plugin, writes
 RESERVE = 10  # seconds kept for the report
@@ -32,7 +33,7 @@ LAST_LINES = 40  # of a failure
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Run every test that needs a GPU.")
+    parser = OneLineParser(description="Run every test that needs a GPU.")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "gpu", metavar="DIR")
     parser.add_argument("--minutes", type=float, default=8.0, help="the most that it may take")
     options = parser.parse_args(arguments)

@@ -9,7 +9,6 @@ our largest error there, torch's own, and the bound: twice torch's, and a few ro
 1 if one is beyond it.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from benchmarks.options import OneLineParser
 from torch import Tensor
 
 import torchref
@@ -160,7 +160,7 @@ def worst(comparisons: list[Comparison]) -> Comparison:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="How far every piece is from torch's.")
+    parser = OneLineParser(description="How far every piece is from torch's.")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="default: all four")
     parser.add_argument("--backend", choices=["auto", "reference", "compiled", "triton"])
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")

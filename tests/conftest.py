@@ -37,7 +37,12 @@ if INTERPRETING:
     find_kernel, truncating = dispatch.find_kernel, interpreter._convert_float
 
     def rounding(x, source, target, mode):
-        """Triton's interpreter cuts a float32 down to bfloat16; a GPU rounds it to nearest even."""
+        """Triton's interpreter cuts a float32 down to bfloat16; a GPU rounds it to nearest even.
+
+        And it takes a subnormal bfloat16 for another, larger number.
+        """
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return np.ascontiguousarray(x).view(np.uint16).astype(np.uint32) << 16
         if (source, target) != (tl.float32, tl.bfloat16):
             return truncating(x, source, target, mode)
         bits = np.ascontiguousarray(x).view(np.uint32)

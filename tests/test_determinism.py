@@ -3,7 +3,9 @@
 Torch promises nothing across numbers of threads. What it keeps all the same, ours keep.
 """
 
+import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -197,6 +199,31 @@ def test_deterministic_algorithms_do_not_change_training(optimizer, request):
     expected = trained(optimizer)
     request.getfixturevalue("strict")
     assert same_bits(trained(optimizer), expected)
+
+
+# What docs/determinism.md says.
+
+
+def atomics_and_autotuning():
+    """Where the kernels' source has them: file, function and name."""
+    for path in sorted((ROOT / "triton_kernels").glob("*.py")):
+        for function in ast.walk(ast.parse(path.read_text())):
+            if isinstance(function, ast.FunctionDef):
+                for name in re.findall(r"\batomic_\w+|\bautotune\b", ast.unparse(function)):
+                    yield path.name, function.name, name
+
+
+def test_kernels_add_nothing_atomically():
+    """The one is a counter: who is the last to come does not matter."""
+    assert list(atomics_and_autotuning()) == [("multi_tensor.py", "_advance", "atomic_add")]
+
+
+def test_the_table_has_every_piece():
+    table = (ROOT / "docs" / "determinism.md").read_text()
+    kinds = r"_(train|eval|probabilities)$"  # of inputs of one piece
+    missing = {name for p in PIECES if f"`{(name := re.sub(kinds, '', p.name))}`" not in table}
+    assert not missing
+    assert all(f"`{name}`" in table for name in OPTIMIZERS)
 
 
 # Kernels, in a process of Triton's interpreter.

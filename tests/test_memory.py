@@ -218,13 +218,42 @@ def test_sizes_and_scalars_share_a_compilation(uncompiled):
         assert uncompiled() == 1
 
 
-@pytest.mark.xfail(strict=True, reason="compilations are kept for every integer, without an end")
-def test_compilations_are_bounded(uncompiled):
+def test_compilations_are_bounded(uncompiled, monkeypatch):
     """A new integer is a new compilation: an index to ignore, a dimension."""
+    monkeypatch.setattr(compilation, "VARIANTS", 5)
+    compilation._say_no_more.cache_clear()
     x, target = torch.randn(3, 4).log_softmax(1), torch.tensor([0, 1, 2])
-    for index in range(2 * compilation.REPLAYS):
-        ours.nll_loss(x, target, ignore_index=-1 - index)
-    assert uncompiled() <= compilation.REPLAYS
+    expected = torch.nn.functional.nll_loss(x, target)
+    with pytest.warns(UserWarning, match="nll_loss_fwd is compiled for 5 kinds") as said:
+        losses = [ours.nll_loss(x, target, ignore_index=index) for index in (*range(-30, 0), -30)]
+    torch.testing.assert_close(losses, [expected] * 31)
+    assert len(said) == 1
+    assert uncompiled() == 5
+
+
+def test_a_step_beyond_the_bound_is_the_formula(uncompiled, monkeypatch):
+    monkeypatch.setattr(compilation, "VARIANTS", 0)
+    compilation._say_no_more.cache_clear()
+    pair = [torch.nn.Parameter(torch.arange(5.0)) for _ in range(2)]
+    for p in pair:
+        p.grad = torch.ones(5)
+    with pytest.warns(UserWarning, match="_update_batch is compiled for 0 kinds"):
+        torchref.optim.Adam(pair[:1]).step()
+    torch.optim.Adam(pair[1:]).step()
+    torch.testing.assert_close(*pair)
+    assert uncompiled() == 0
+
+
+def test_examples_of_an_optimizer_do_not_stay():
+    """Those to compile on are of a million numbers a state."""
+    types, device = (torch.float32, torch.float32), torch.device("cpu")
+    before = tensors()
+    _update._examples(types, device, 2**10)
+    assert tensors() == before
+    for least in range(70):  # those to fill a batch up with stay, and are small
+        _update._padding((*types, *[None] * least), device)
+    info = _update._padding.cache_info()
+    assert info.currsize <= info.maxsize == 64
 
 
 def test_views_of_parameters_go_with_the_parameters():
@@ -259,9 +288,28 @@ def keys(monkeypatch):
         yield lambda: seen(launches)
 
 
+class Kernel:
+    """As the JIT's, with nothing to compile."""
+
+    fn, pre_run_hooks = None, ()
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: object()
+
+
+@pytest.mark.skipif(KERNELS, reason="looks at real launches")
+def test_launches_are_bounded(monkeypatch):
+    launch = pytest.importorskip("torchref.triton_kernels._launch")
+    monkeypatch.setattr(launch, "_compiled", {})
+    monkeypatch.setattr(launch, "KINDS", 5)
+    for block in range(20):
+        launch._run_here(Kernel(), 1, 0, (), 4, {"BLOCK": block})
+        assert 0 < len(launch._compiled) <= 5
+
+
 @pytest.mark.skipif(KERNELS, reason="looks at real launches")
 def test_launches_of_many_sizes_share_few_kernels(keys):
-    """The launcher's cache has no limit of its own; its keys are of few kinds."""
+    """So that the bound of the launcher's cache is never met."""
     activation = pytest.importorskip("torchref.triton_kernels.activation")
     softmax = pytest.importorskip("torchref.triton_kernels.softmax")
     counts = []

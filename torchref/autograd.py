@@ -7,6 +7,12 @@ from torch import Tensor
 
 from torchref import dispatch
 from torchref.compilation import traces_formula
+from torchref.internals import (
+    are_transforms_active,
+    base_of,
+    differentiates_forward,
+    is_any_autocast_enabled,
+)
 
 
 class Function(torch.autograd.Function):
@@ -47,19 +53,19 @@ class Function(torch.autograd.Function):
     @classmethod
     def call(cls, *args: Any) -> Any:
         """``forward(*args)``, recorded where a gradient is needed."""
-        if torch._C._is_any_autocast_enabled():
+        if is_any_autocast_enabled():
             # Inputs are cast by now; the formulas' own operations must not be cast again.
             device = _device_type(args)
-            if torch.amp.is_autocast_available(device):
+            if _has_autocast(device):
                 with torch.autocast(device, enabled=False):
                     return cls._call(*args)
         return cls._call(*args)
 
     @classmethod
     def _call(cls, *args: Any) -> Any:
-        if dispatch.differentiates_forward():
+        if differentiates_forward():
             return cls.forward(*args)
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling() or are_transforms_active():
             return cls.apply(*args)
         if torch.is_grad_enabled() and any(
             isinstance(arg, Tensor) and arg.requires_grad for arg in args
@@ -70,17 +76,13 @@ class Function(torch.autograd.Function):
 
 def traces_in_place() -> bool:
     """Whether an in-place piece must write its result back with ``copy_`` instead of a Function."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or dispatch.differentiates_forward()
-    )
+    return torch.compiler.is_compiling() or are_transforms_active() or differentiates_forward()
 
 
 def refuse_leaf(input: Tensor, inplace: bool) -> None:
     """Raise, before anything is written, where autograd would refuse after."""
     if inplace and input.requires_grad and torch.is_grad_enabled():
-        base = input._base if input._is_view() and input._base is not None else input
+        base = base_of(input)
         if base.is_leaf:
             which = "a view of a leaf" if base is not input else "a leaf"
             raise RuntimeError(
@@ -97,6 +99,13 @@ def attached(dx: Tensor, x: Tensor) -> Tensor:
 
 def _device_type(args: tuple[Any, ...]) -> str:
     return next(arg.device.type for arg in args if isinstance(arg, Tensor))
+
+
+def _has_autocast(device: str) -> bool:
+    # Dynamo in torch 2.11 cannot trace torch's answer, and compiles for devices that have it.
+    if torch.compiler.is_compiling():
+        return device != "meta"
+    return torch.amp.is_autocast_available(device)
 
 
 def opmath(x: Tensor) -> Tensor:
@@ -154,7 +163,7 @@ _FLOAT32 = {
 def autocast(piece: str, *tensors: Any) -> tuple[Any, ...]:
     """The tensors as torch's autocast would hand them to ``piece``; None stays None."""
     device = tensors[0].device.type
-    if not torch._C._is_any_autocast_enabled() or not torch.amp.is_autocast_available(device):
+    if not is_any_autocast_enabled() or not _has_autocast(device):
         return tensors
     if not torch.is_autocast_enabled(device):
         return tensors

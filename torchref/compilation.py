@@ -21,7 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from torchref.internals import constant_floats, inductor, storage_key
+
 REPLAYS = 256  # that a formula remembers, before it begins anew
+VARIANTS = 128  # compilations of a formula; torch keeps some 0.5 MB of each until the process ends
 LARGE = 2**15  # elements, from which on code is for many threads
 
 
@@ -39,11 +42,12 @@ class Compiled:
             return known(args)
         large = any(arg.numel() >= LARGE for arg in args if isinstance(arg, Tensor))
         variant, _ = compiled_variant(self.formula, tuple(map(kind, args)), large)
+        if variant is self.formula:
+            return variant(*args)
         given = tuple(map(traced, args))
         # One grad mode for all: autograd is not recording here, or the formula would have run. And
         # floats in the code, such as pi, are constants: those that vary are arguments.
-        constants = torch._dynamo.config.patch(specialize_float=True)
-        with torch.no_grad(), constants, _recording() as calls:
+        with torch.no_grad(), constant_floats(), _recording() as calls:
             output = variant(*given)
         replay = _replay(calls, given, output)
         if signature is not None and replay is not None:
@@ -66,15 +70,32 @@ def compiled_variant(
     a word. So each kind of arguments (dtype, rank, memory layout, sizes of 0 and 1) compiles a
     clone of the code with sizes symbolic, floats travel as 0-dim tensors, and ``fullgraph`` turns
     what is left of that silence into an error.
+
+    Each new integer, such as an index to ignore, is one more kind. After :data:`VARIANTS` of them
+    the formula itself runs for others: to forget old ones would free next to nothing, for torch
+    has no way to unload their code, and to compile at every call is slower than not to.
     """
     variants = _variants.setdefault(formula, {})
     key = (large, *key)
-    is_new = key not in variants
-    if is_new:
-        clone = _clone(formula, len(variants))
-        backend = functools.partial(_inductor, large)
-        variants[key] = torch.compile(clone, fullgraph=True, dynamic=True, backend=backend)
-    return variants[key], is_new
+    variant = variants.get(key)
+    if variant is not None:
+        return variant, False
+    if len(variants) >= VARIANTS:
+        _say_no_more(formula.__name__)
+        return formula, False
+    clone = _clone(formula, len(variants))
+    backend = "inductor" if inductor() is None else functools.partial(_inductor, large)
+    variant = torch.compile(clone, fullgraph=True, dynamic=True, backend=backend)
+    variants[key] = variant
+    return variant, True
+
+
+@functools.cache
+def _say_no_more(name: str) -> None:
+    warnings.warn(
+        f"torchref: {name} is compiled for {VARIANTS} kinds of arguments; others run uncompiled",
+        stacklevel=3,
+    )
 
 
 _variants: dict[Callable[..., Any], dict[tuple[Any, ...], Callable[..., Any]]] = {}
@@ -164,8 +185,8 @@ def _inductor(
     large: bool, graph: torch.fx.GraphModule, inputs: list[Any]
 ) -> Callable[..., Sequence[Any]]:
     """Inductor as a backend of torch.compile, which notes the calls of its code."""
-    from torch._inductor.compile_fx import compile_fx  # slow to import
-
+    compile_fx = inductor()
+    assert compile_fx is not None
     options = {
         # Sizes and strides need no second look: they are in the key, or the code leaves them open.
         "size_asserts": False,
@@ -210,7 +231,7 @@ def _signature(args: tuple[Any, ...]) -> Any:
     For then it also depends on which of them do.
     """
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
-    if len({x.untyped_storage()._cdata for x in tensors}) < len(tensors):
+    if len({storage_key(x.untyped_storage()) for x in tensors}) < len(tensors):
         return None
     settings = (
         torch.get_num_threads(),

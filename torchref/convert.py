@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 import torchref.nn
 from torchref.fuse import Fused, unfuse
 from torchref.fuse import fuse as fuse_rows
+from torchref.internals import is_compiled, may_be_checkpointed
 from torchref.nn import functional
 
 
@@ -221,8 +222,7 @@ class _Functional(TorchFunctionMode):
             return False
         if self.records and not torch.is_grad_enabled():  # as the reentrant kind does
             return True
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
-        return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+        return may_be_checkpointed()
 
 
 def recorded(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -360,5 +360,5 @@ def _check(name: str, model: nn.Module) -> None:
         }
         if names & _WRAPPERS:
             raise TypeError(f"{name}: {type(module).__name__} wraps the model; {name} it before")
-        if "OptimizedModule" in names or module._compiled_call_impl is not None:
+        if "OptimizedModule" in names or is_compiled(module):
             raise TypeError(f"{name}: torch.compile holds the model; {name} it before")

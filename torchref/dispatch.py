@@ -35,10 +35,15 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from torchref.compilation import Compiled
+from torchref.internals import (
+    are_transforms_active,
+    count_dispatch_modes,
+    differentiates_forward,
+    has_storage,
+)
 
 BACKENDS = ("auto", "reference", "compiled", "triton")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -220,19 +225,13 @@ def kernel_takes(args: tuple[Any, ...]) -> bool:
     return True
 
 
-def differentiates_forward() -> bool:
-    """Whether torch itself must see primitive operations: under forward-mode AD and jit.trace."""
-    tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-    return tracing or forward_ad._current_level >= 0
-
-
 def is_plain(args: tuple[Any, ...]) -> bool:
     """Whether the tensors hold plain memory, with nothing between us and torch looking on."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+    if count_dispatch_modes() or are_transforms_active():
         return False
     return not differentiates_forward() and all(
         type(arg) in (Tensor, Parameter)
-        and torch._C._has_storage(arg)
+        and has_storage(arg)
         and not (arg.is_neg() or arg.is_conj())  # views whose memory is not their value
         for arg in args
         if isinstance(arg, Tensor)

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+
+from torchref.internals import tree_leaves
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,9 @@ def measure_parity(
     truth = dict(_run(theirs, **run, dtypes=[torch.float64]))
     errors = {name: _error(of_theirs[name], truth[name]) for name in truth}
     double = (torch.float64, torch.complex128)
-    if any(t is not None and t.dtype in double for t in of_theirs.values()):
-        errors |= _float64_errors(theirs, run)
+    in_double = {k for k, t in of_theirs.items() if t is not None and t.dtype in double}
+    if in_double:
+        errors |= {k: e for k, e in _float64_errors(theirs, run).items() if k in in_double}
     comparisons = []
     for name in [*of_theirs, *(name for name in of_ours if name not in of_theirs)]:
         tensors = (of_ours.get(name), of_theirs.get(name), truth.get(name))

@@ -14,12 +14,23 @@ from typing import Any
 import torch
 import triton.runtime
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from triton import knobs
 from triton.runtime.jit import JITFunction
 
+try:
+    from torch._subclasses.fake_tensor import FakeTensor
+except ImportError:  # a private name: wherever torch has moved it, its objects still bear it
+
+    class _Named(type):
+        def __instancecheck__(cls, x: Any) -> bool:
+            return any(kind.__name__ == cls.__name__ for kind in type(x).__mro__)
+
+    FakeTensor: Any = _Named("FakeTensor", (), {})
+
 INTERPRETED = knobs.runtime.interpret  # what @triton.jit goes by
 driver: Any = triton.runtime.driver  # its declared type is that of a driver without streams
+
+KINDS = 1024  # of launches that are kept, before we begin anew: the JIT forgets none of its own
 
 _compiled: dict[tuple[Any, ...], Any] = {}
 
@@ -83,7 +94,10 @@ def _run_here(
     key = (kernel.fn, index, num_warps, *map(specialization, args), *map(_hashable, constants))
     compiled = _compiled.get(key)
     if compiled is None:  # also where a hook of the JIT's forbade the compilation last time
-        _compiled[key] = kernel[(programs,)](*args, **constexprs, **options)
+        compiled = kernel[(programs,)](*args, **constexprs, **options)
+        if len(_compiled) >= KINDS:
+            _compiled.clear()
+        _compiled[key] = compiled
         return
     stream = driver.active.get_current_stream(index)
     function, metadata = compiled.function, compiled.packed_metadata

@@ -28,9 +28,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-from ._launch import cdiv, launch, multiprocessors, power_of_2, vector_step
+from ._launch import FakeTensor, cdiv, launch, multiprocessors, power_of_2, vector_step
 from ._layout import laid_out_as, packed, written
 from .activation import fused
 

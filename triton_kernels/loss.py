@@ -185,8 +185,8 @@ def _bce_with_logits_grad(x, target, p):
 
 @triton.jit
 def _bce_with_logits_target_grad(x, target, p):
-    # 0 * inf where p is 1 and x is -inf
-    return tl.where(p == 1, -x, (p - 1) * _softplus_of_minus(x) - x)
+    # without a weight p is 1; not (p - 1) log(1 + e^-x) - x, which is inf - inf at -inf
+    return tl.where(p == 1, -x, p * _softplus_of_minus(x) - _softplus_of_minus(-x))
 
 
 @triton.jit

@@ -129,7 +129,7 @@ def _rmsprop_update(p, g, v, b, mean, scalars):
     """Without momentum b is 0 and comes out as the step."""
     lr, alpha, gain, eps, momentum, centered = scalars
     v = alpha * v + gain * g * g
-    mean = tl.where(centered, mean + gain * (g - mean), 0.0)
+    mean = tl.where(centered, _lerp(mean, g, gain), 0.0)
     b = momentum * b + g / (tl.sqrt(v - mean * mean) + eps)
     return p - lr * b, v, b, mean
 
@@ -153,10 +153,17 @@ def _adam_scalars(number_ptr, lr, step, starts):
 def _adam_update(p, g, m, v, v_max, scalars):
     """Without AMSGrad v_max is 0 and comes out as v."""
     gain1, beta2, gain2, decay, step_size, correction, eps = scalars
-    m += gain1 * (g - m)
+    m = _lerp(m, g, gain1)
     v = beta2 * v + gain2 * g * g
     v_max = tl.maximum(v_max, v, propagate_nan=tl.PropagateNan.ALL)
     return p * decay - step_size * m / (tl.sqrt(v_max) / correction + eps), m, v, v_max
+
+
+@triton.jit
+def _lerp(x, y, gain):
+    """x + gain (y - x), from the nearer end, as torch: at a gain of 1 nothing of x is left."""
+    near = gain < 0.5
+    return tl.where(near, x, y) + tl.where(near, gain, gain - 1) * (y - x)
 
 
 @triton.jit
@@ -248,7 +255,7 @@ def _block(
     if ema is not None:
         if ema != 0:
             average = load(ema, first, left, tl.float32, WHOLE)
-            average += ema_gain * (p.to(PARAM_TYPE).to(tl.float32) - average)
+            average = _lerp(average, p.to(PARAM_TYPE).to(tl.float32), ema_gain)
             store(ema, first, left, average, tl.float32, WHOLE)
 
 

@@ -235,7 +235,7 @@ def test_what_leaves_no_chronological_part_raises():
         chronological_split(10, gap=50)
     with pytest.raises(ValueError, match="expected `gap` >= 0, got -1"):
         chronological_split(10, gap=-1)
-    with pytest.raises(ValueError, match="chronological_split: expected times without NaN"):
+    with pytest.raises(ValueError, match="expected `count_or_times` without NaN, got 1"):
         chronological_split(torch.tensor([0.0, 1.0, float("nan"), 2.0]))
 
 

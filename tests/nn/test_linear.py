@@ -69,6 +69,12 @@ def test_no_features():
     assert_parity(nn.Linear(3, 0), torch.nn.Linear(3, 0), torch.empty(4, 3, requires_grad=True))
 
 
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_one_bias_for_all_neurons(shape):
+    x, weight = torch.randn(4, 7, requires_grad=True), torch.randn(5, 7, requires_grad=True)
+    assert_parity(ours.linear, theirs.linear, x, weight, torch.randn(shape, requires_grad=True))
+
+
 def test_errors():
     weight = torch.randn(5, 7)
     for args, match in [
@@ -77,7 +83,7 @@ def test_errors():
         ((torch.randn(7), torch.randn(2, 5, 7)), "2D `weight`"),
         ((torch.randn(4, 7), weight[0], torch.tensor(1.0)), "2D `weight`"),
         ((torch.randn(4, 7).double(), weight), "dtype"),
-        ((torch.randn(4, 7), weight, torch.randn(4)), "size"),
+        ((torch.randn(4, 7), weight, torch.randn(4)), r"`bias` of shape \(5,\).*got \(4,\)"),
     ]:
         with pytest.raises(RuntimeError, match=match):
             ours.linear(*args)

@@ -52,6 +52,11 @@ def test_chunks_of_any_size(rows):
     assert_parity(in_chunks, composed, *inputs(torch.float32), options=options)
 
 
+@pytest.mark.parametrize("rows", [0, 3])
+def test_no_features(rows):
+    assert_parity(in_chunks, composed, *inputs(torch.float32, rows=rows, features=0))
+
+
 @pytest.mark.parametrize("wants", list(itertools.product([False, True], repeat=3))[1:])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_only_some_want_gradients(reduction, wants):
@@ -370,8 +375,8 @@ def test_planted_mistakes_are_caught(name, mistake, monkeypatch):
 
 def allocated(f):
     """The most memory that ``f`` holds at a time, beyond what was there."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+    options = {"activities": [torch.profiler.ProfilerActivity.CPU], "profile_memory": True}
+    with torch.profiler.profile(**options, acc_events=True) as profile:  # torch 2.11 warns without
         f()
     events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
     sizes = [event.nbytes() for event in events if event.name() == "[memory]"]

@@ -122,6 +122,21 @@ def test_extreme_scores_and_probabilities():
     assert_parity(getattr(ours, BCE), getattr(theirs, BCE), p, target, reduction="none")
 
 
+def test_the_gradient_of_a_target_is_infinite_where_its_score_is():
+    """With (p - 1) log(1 + e^-x) - x it is inf - inf for a p below 1."""
+    x = torch.tensor([-float("inf"), float("inf"), -300.0, 0.0])
+    target, p = torch.full((4,), 0.5, requires_grad=True), torch.tensor(0.5)
+    kwargs = {"pos_weight": p, "reduction": "none"}
+    assert_parity(getattr(ours, LOGITS), getattr(theirs, LOGITS), x, target, **kwargs)
+
+
+def test_bce_clamps_where_torch_does_in_float64():
+    """At torch's 1e-12 in float32, which is 4e-9 less."""
+    p = torch.tensor([0.0, 1.0, 1e-13], dtype=torch.float64, requires_grad=True)
+    target = torch.full((3,), 0.5, dtype=torch.float64)
+    assert_parity(getattr(ours, BCE), getattr(theirs, BCE), p, target)
+
+
 def test_forward_mode_at_certain_probabilities():
     p, target = torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0])
     for library in (ours, theirs):

@@ -25,6 +25,6 @@ def _compile_without_code_generation(request, monkeypatch):
 @pytest.fixture
 def inductor(monkeypatch):
     monkeypatch.setattr(compilation, "_variants", {})
-    _update._examples.cache_clear()
+    _update._padding.cache_clear()
     yield
-    _update._examples.cache_clear()
+    _update._padding.cache_clear()

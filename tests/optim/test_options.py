@@ -272,6 +272,18 @@ def test_state_dicts_keep_averages_and_state_types(name):
         assert_equal(tensors(run, stepping), tensors(params, optimizer))
 
 
+def test_a_learning_rate_that_a_schedule_rounded_to_below_zero_is_loaded():
+    optimizer = theirs("SGD")([torch.nn.Parameter(torch.ones(1))], lr=0.3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / 3, 0.0, 4)
+    for _ in range(4):
+        optimizer.step()
+        schedule.step()
+    assert -1e-15 < optimizer.param_groups[0]["lr"] < 0
+    again = ours("SGD")([torch.nn.Parameter(torch.ones(1))])
+    again.load_state_dict(optimizer.state_dict())
+    assert again.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_state_dict_of_torchs_leaves_our_options_on(name):
     """Or clipping would end without a word where training resumes."""

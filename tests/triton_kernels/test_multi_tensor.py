@@ -140,6 +140,28 @@ def assert_as_good_as_torchs(
     assert_as_good(actual, torchs, truth)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("Adam", {"betas": (0.0, 0.9)}),
+        ("RMSprop", {"alpha": 0.0, "centered": True, "eps": 1.0}),
+    ],
+)
+def test_an_average_forgets_a_gradient_that_was_large(name, options):
+    """With m + (g - m), the small gradient after a large one is rounded away."""
+    params = [Parameter(torch.zeros(3)) for _ in range(2)]
+    optimizers = [
+        library(name)([p], **options) for library, p in zip((ours, theirs), params, strict=True)
+    ]
+    for size in (1e8, 1.0):
+        for p, optimizer in zip(params, optimizers, strict=True):
+            p.grad = torch.full((3,), size)
+            optimizer.step()
+    key = "grad_avg" if name == "RMSprop" else "exp_avg"
+    averages = [o.state[p][key] for p, o in zip(params, optimizers, strict=True)]
+    assert averages[0].tolist() == averages[1].tolist() == [1.0] * 3
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("name", "kwargs"), CASES)
 def test_every_option(name, kwargs, dtype, launches):

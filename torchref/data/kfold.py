@@ -60,7 +60,7 @@ def folds(
     """
     y = y_or_count if isinstance(y_or_count, Tensor) else None
     count = len(y_or_count) if isinstance(y_or_count, Tensor) else y_or_count
-    _check_arguments(count, k, method, repeats, gap)
+    _check_arguments(count, k, method, repeats, gap, seed)
     label = _labels(y, k) if method == "stratified" else None
     group = _groups(groups, count, k, method)
     found = []
@@ -132,7 +132,7 @@ def mean_and_interval(
     return Estimate(mean, std, mean - half, mean + half)
 
 
-def _check_arguments(count: int, k: int, method: str, repeats: int, gap: int) -> None:
+def _check_arguments(count: int, k: int, method: str, repeats: int, gap: int, seed: int) -> None:
     if method not in METHODS:
         raise ValueError(f"folds: expected `method` of {', '.join(METHODS)}, got {method!r}")
     if not 2 <= k <= count:
@@ -144,7 +144,9 @@ def _check_arguments(count: int, k: int, method: str, repeats: int, gap: int) ->
             f"folds: expected `repeats` 1 for method {method!r}, where nothing is random, got "
             f"{repeats}"
         )
-    if gap < 0 or (gap and method != "time"):
+    if not 0 <= seed <= 2**32 - repeats:
+        raise ValueError(f"folds: expected `seed` in [0, {2**32 - repeats}], got {seed}")
+    if not gap >= 0 or (gap and method != "time"):
         raise ValueError(
             f"folds: expected `gap` >= 0, and 0 but for method 'time', got {gap} for {method!r}"
         )
@@ -185,6 +187,9 @@ def _groups(groups: Tensor | None, count: int, k: int, method: str) -> Any:
         return None
     if groups.shape != (count,):
         raise ValueError(f"folds: expected `groups` of shape ({count},), got {tuple(groups.shape)}")
+    if groups.isnan().any():  # each would be a group of its own
+        count = int(groups.isnan().sum())
+        raise ValueError(f"folds: expected `groups` without NaN, got {count} of them")
     names, group = groups.cpu().unique(return_inverse=True)
     if len(names) < k:
         raise ValueError(

@@ -55,7 +55,8 @@ def random_split(
         One int64 tensor of shuffled indices for each ratio; together they hold each index once.
 
     Raises:
-        ValueError: the ratios do not sum to 1, or a part would be empty.
+        ValueError: the ratios do not sum to 1, a part would be empty, or ``seed`` is out of its
+            range.
 
     Example:
         >>> train, val, test = random_split(100)
@@ -65,6 +66,7 @@ def random_split(
     Source: the course, "Train, Dev, Test sets".
     """
     sizes = _sizes("random_split", count, _shares("random_split", count, ratios))
+    check_seed("random_split", seed)
     order = np.random.RandomState(seed).permutation(count)
     return torch.as_tensor(order, dtype=torch.int64).split(sizes)
 
@@ -88,8 +90,8 @@ def stratified_split(
         index once.
 
     Raises:
-        ValueError: the ratios do not sum to 1, a class has fewer samples than there are parts, or
-            a part has fewer samples than there are classes.
+        ValueError: the ratios do not sum to 1, a class has fewer samples than there are parts, a
+            part has fewer samples than there are classes, or ``seed`` is out of its range.
 
     Example:
         >>> y = torch.tensor([0] * 50 + [1] * 50)
@@ -103,6 +105,7 @@ def stratified_split(
     sizes = _sizes("stratified_split", len(y), _shares("stratified_split", len(y), ratios))
     classes, label, counts = y.cpu().unique(return_inverse=True, return_counts=True)
     _check_classes(classes, counts, sizes)
+    check_seed("stratified_split", seed)
     rng = np.random.RandomState(seed)
     # In a random order, for equal remainders go to the classes that come first.
     rank = rng.permutation(len(classes))
@@ -148,7 +151,7 @@ def chronological_split(
     Source: the course, "Train, Dev, Test sets" (time-series forecasting).
     """
     order = _in_time(count_or_times)
-    if gap < 0:
+    if not gap >= 0:
         raise ValueError(f"chronological_split: expected `gap` >= 0, got {gap}")
     shares = _shares("chronological_split", len(order), ratios)
     sizes = _sizes("chronological_split", len(order), shares, gap)
@@ -179,8 +182,8 @@ def grouped_split(
         One int64 tensor of shuffled indices for each ratio; together they hold each index once.
 
     Raises:
-        ValueError: the ratios do not sum to 1, there are fewer groups than parts, or a part has no
-            sample of a class.
+        ValueError: the ratios do not sum to 1, there are fewer groups than parts, a part has no
+            sample of a class, or ``seed`` is out of its range.
 
     Example:
         >>> groups = torch.tensor([7, 7, 7, 7, 3, 3, 5, 5])
@@ -204,6 +207,7 @@ def grouped_split(
     cells = len(names) * len(classes)
     table = torch.bincount(group * len(classes) + label, minlength=cells).numpy()
     table = table.reshape(len(names), len(classes))
+    check_seed("grouped_split", seed)
     rng = np.random.RandomState(seed)
     order = rng.permutation(len(names))
     order = order[(-table.sum(1)[order]).argsort(kind="stable")]
@@ -238,6 +242,16 @@ def _check_column(name: str, argument: str, x: Tensor, count: int | None = None)
     if x.ndim != 1 or (count is not None and len(x) != count):
         shape = "(samples,)" if count is None else f"({count},)"
         raise ValueError(f"{name}: expected `{argument}` of shape {shape}, got {tuple(x.shape)}")
+    if x.isnan().any():  # each would be a class, or a group, of its own
+        raise ValueError(
+            f"{name}: expected `{argument}` without NaN, got {int(x.isnan().sum())} of them"
+        )
+
+
+def check_seed(name: str, seed: int) -> None:
+    """Raise where NumPy takes no such seed."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"{name}: expected `seed` in [0, 2**32), got {seed}")
 
 
 def _check_classes(classes: Tensor, counts: Tensor, sizes: list[int]) -> None:
@@ -283,8 +297,6 @@ def _in_time(count_or_times: int | Tensor) -> Tensor:
     if not isinstance(count_or_times, Tensor):
         return torch.arange(count_or_times)
     _check_column("chronological_split", "count_or_times", count_or_times)
-    if count_or_times.isnan().any():
-        raise ValueError("chronological_split: expected times without NaN")
     return count_or_times.cpu().argsort(stable=True)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from torchref.autograd import opmath
 from torchref.diagnostics.drawing import new_figure
+from torchref.internals import AnyConv
 from torchref.nn import LinearActDropout
 from torchref.nn.activation import SELU_ALPHA, SELU_SCALE
 from torchref.nn.batch_norm import _BatchNormAct
@@ -309,7 +310,7 @@ class Probe:
     def _see_units(self, module: nn.Module, y: Tensor) -> None:
         assert self._layer is not None
         dim = -1
-        if isinstance(self._layer, nn.modules.conv._ConvNd):
+        if isinstance(self._layer, AnyConv):
             dim -= len(self._layer.kernel_size)
         dim = dim if y.ndim >= -dim else -1  # after pooling and flattening
         alive = (y != 0).movedim(dim, 0).flatten(1).any(1)

@@ -29,10 +29,10 @@ from torch.overrides import (
     handle_torch_function,
     has_torch_function,
 )
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 import torchref.nn
 from torchref.convert import FUNCTIONS
+from torchref.internals import tree_leaves, tree_map_only, was_written
 
 WHOLE = 6  # elements up to which a tensor is shown number by number
 SMALL = 64  # elements of output and input together up to which a Jacobian is made
@@ -512,7 +512,7 @@ class _Recorder(TorchFunctionMode):
 
         result = tree_map_only(Tensor, handed, output)
         for use in uses:
-            if use.copy._version:
+            if was_written(use.copy, use.leaf):
                 self._overwrite(name, use, uses, operands)
         return result
 

@@ -115,18 +115,20 @@ def majority_error(y: Tensor) -> float:
         y: (samples,) int64 classes, at least one sample.
 
     Raises:
-        ValueError: ``y`` has another shape or type, or no sample.
+        ValueError: ``y`` has another shape or type, no sample, or a class below 0.
 
     Example:
         >>> majority_error(torch.tensor([0, 0, 0, 1]))
         0.25
     """
-    if y.ndim != 1 or y.is_floating_point() or len(y) == 0:
+    if y.ndim != 1 or y.is_floating_point() or y.is_complex() or len(y) == 0:
         raise ValueError(
             "majority_error: expected `y` with the class of each sample, got "
             f"{y.dtype} of shape {tuple(y.shape)}"
         )
-    return 1 - y.bincount().max().item() / len(y)
+    if y.min() < 0:
+        raise ValueError(f"majority_error: expected classes >= 0 in `y`, got {y.min().item()}")
+    return 1 - y.long().bincount().max().item() / len(y)
 
 
 def diagnose(
@@ -190,7 +192,7 @@ def diagnose(
         raise ValueError("diagnose: expected `baseline`, of classes majority_error(y), got None")
     baseline = 1.0 if baseline is None else baseline
     _check("diagnose", baseline, target)
-    if val_samples is not None and val_samples < 1:
+    if val_samples is not None and not val_samples >= 1:
         raise ValueError(f"diagnose: expected `val_samples` > 0, got {val_samples}")
     numbers = _measure(curves, val_samples)
     levels = _levels(numbers, baseline, target or 0.0)

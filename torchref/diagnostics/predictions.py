@@ -496,8 +496,11 @@ def _check_probabilities(function: str, probabilities: Tensor, y: Tensor) -> Non
         raise ValueError(
             f"{function}: expected `probabilities` (samples, 2 or more classes), got shape {shape}"
         )
-    if not ((probabilities >= 0) & (probabilities <= 1)).all():  # NaN is neither
-        raise ValueError(f"{function}: expected `probabilities` in [0, 1], got others; logits?")
+    outside = probabilities[~((probabilities >= 0) & (probabilities <= 1))]  # NaN is, too
+    if len(outside):
+        raise ValueError(
+            f"{function}: expected `probabilities` in [0, 1], got {outside[0].item()}; logits?"
+        )
     _check_labels(function, "y", y, shape[1])
     _check_as_many(function, shape[0], y)
 

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from torchref.diagnostics.gradient_flow import Probe
+from torchref.internals import AnyConv, AnyConvTranspose
 
 TOLERANCE = 1e-4  # of a layer's largest number: rounding makes copies differ by some 1e-6
 
@@ -95,12 +95,12 @@ def check_symmetry(model: nn.Module, loss: Callable[[], Tensor]) -> Symmetry:
     grads = probe.gradients("check_symmetry", loss, learn)
     copies = []
     for layer in probe.layers[:-1]:
-        if isinstance(layer, nn.Linear | _ConvNd) and layer.weight in grads:
+        if isinstance(layer, (nn.Linear, AnyConv)) and layer.weight in grads:
             copies += _copies(probe.names[layer], layer, grads)
     return Symmetry(tuple(copies))
 
 
-def _copies(name: str, layer: nn.Linear | _ConvNd, grads: dict[Tensor, Tensor]) -> list[Copies]:
+def _copies(name: str, layer: "nn.Linear | AnyConv", grads: dict[Tensor, Tensor]) -> list[Copies]:
     weight, bias, grad = layer.weight, layer.bias, _units(layer, grads[layer.weight])
     parts = [_units(layer, weight.detach()), grad]
     if bias is not None:
@@ -120,7 +120,7 @@ def _copies(name: str, layer: nn.Linear | _ConvNd, grads: dict[Tensor, Tensor]) 
 
 def _units(layer: nn.Module, weight: Tensor) -> Tensor:
     """The incoming weights of each unit, (units, weights)."""
-    if isinstance(layer, _ConvTransposeNd):  # (in, out / groups, ...)
+    if isinstance(layer, AnyConvTranspose):  # (in, out / groups, ...)
         weight = weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
     return weight.flatten(1)
 

@@ -16,7 +16,9 @@ from torchref.autograd import (
     rounded,
     traces_in_place,
 )
-from torchref.dispatch import accelerated, differentiates_forward
+from torchref.dispatch import accelerated
+from torchref.internals import differentiates_forward
+from torchref.nn._checks import require_floating, require_number, require_tensor
 
 # Klambauer et al., 2017: with these, mean 0 and variance 1 are a fixed point.
 SELU_ALPHA = 1.6732632423543772848170429916717
@@ -68,6 +70,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
 
     Raises:
         RuntimeError: ``input`` is boolean.
+        TypeError: ``input`` is no tensor.
 
     Example:
         >>> torchref.nn.functional.relu(torch.tensor([-1.0, 0.0, 2.0]))
@@ -75,6 +78,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
 
     Source: Nair and Hinton, "Rectified linear units improve restricted Boltzmann machines", 2010.
     """
+    require_tensor("relu", "input", input)
     if input.dtype == torch.bool:
         raise RuntimeError("relu: expected a number `input`, got torch.bool")
     if input.is_complex():
@@ -134,6 +138,7 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
 
     Raises:
         NotImplementedError: ``input`` is not floating point.
+        TypeError: ``input`` is no tensor, or ``negative_slope`` no number.
         RuntimeError: in backward, where ``inplace`` met a negative ``negative_slope``: the output
             no longer tells the sign of the input.
 
@@ -143,7 +148,8 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
 
     Source: Maas et al., "Rectifier nonlinearities improve neural network acoustic models", 2013.
     """
-    _require_floating("leaky_relu", input)
+    require_floating("leaky_relu", input)
+    require_number("leaky_relu", "negative_slope", negative_slope)
     if inplace and traces_in_place():
         return input.copy_(leaky_relu(input.clone(), negative_slope))
     refuse_leaf(input, inplace)
@@ -320,6 +326,7 @@ def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
 
     Raises:
         NotImplementedError: ``input`` is not floating point.
+        TypeError: ``input`` is no tensor, or ``alpha`` no number.
         RuntimeError: in backward, where ``inplace`` met a negative ``alpha``: the output no longer
             tells the sign of the input.
 
@@ -363,7 +370,8 @@ def selu(input: Tensor, inplace: bool = False) -> Tensor:
 
 
 def _elu(name: str, input: Tensor, alpha: float, scale: float, inplace: bool) -> Tensor:
-    _require_floating(name, input)
+    require_floating(name, input)
+    require_number(name, "alpha", alpha)
     if inplace and traces_in_place():
         return input.copy_(ELUFunction.call(input.clone(), alpha, scale, False))
     refuse_leaf(input, inplace)
@@ -438,7 +446,7 @@ def gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
 
     Source: Hendrycks and Gimpel, "Gaussian error linear units", 2016.
     """
-    _require_floating("gelu", input)
+    require_floating("gelu", input)
     if approximate not in ("none", "tanh"):
         raise RuntimeError(f'gelu: expected `approximate` "none" or "tanh", got {approximate!r}')
     return GELUFunction.call(input, approximate == "tanh")
@@ -510,7 +518,7 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
 
     Source: Elfwing, Uchibe and Doya, "Sigmoid-weighted linear units", 2018.
     """
-    _require_floating("silu", input)
+    require_floating("silu", input)
     if inplace:
         return input.copy_(SiLUFunction.call(input.clone()))
     return SiLUFunction.call(input)
@@ -565,6 +573,7 @@ def softplus(input: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
 
     Raises:
         NotImplementedError: ``input`` is not floating point.
+        TypeError: ``input`` is no tensor, or ``beta`` or ``threshold`` no number.
 
     Example:
         >>> torchref.nn.functional.softplus(torch.tensor([0.0]))
@@ -573,7 +582,9 @@ def softplus(input: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
     Source: Dugas et al., "Incorporating second-order functional knowledge for better option
     pricing", 2001.
     """
-    _require_floating("softplus", input)
+    require_floating("softplus", input)
+    require_number("softplus", "beta", beta)
+    require_number("softplus", "threshold", threshold)
     (input,) = autocast("softplus", input)
     return SoftplusFunction.call(input, float(beta), float(threshold))
 
@@ -679,12 +690,8 @@ def _write(y: Tensor, x: Tensor, inplace: bool) -> Tensor:
     return x.copy_(y) if inplace else rounded(y, x)
 
 
-def _require_floating(name: str, input: Tensor) -> None:
-    if not input.is_floating_point():
-        raise NotImplementedError(f"{name}: expected a floating point `input`, got {input.dtype}")
-
-
 def _promoted(name: str, input: Tensor) -> Tensor:
+    require_tensor(name, "input", input)
     if input.is_complex():
         raise NotImplementedError(f"{name}: expected a real `input`, got {input.dtype}")
     return input if input.is_floating_point() else input.to(torch.get_default_dtype())

@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
 from torchref.autograd import Function, opmath, rounded, summed
 from torchref.dispatch import accelerated
+from torchref.internals import TorchBatchNorm
+from torchref.nn._checks import require_floating, require_number
 from torchref.nn.activation import FUSED, checked_activation
 
 
@@ -34,18 +35,18 @@ class _BatchNorm(TorchBatchNorm):
         self.unbiased_running_var = unbiased_running_var
 
     def forward(self, input: Tensor) -> Tensor:
-        return batch_norm(input, **self._arguments(input))
+        y = batch_norm(input, **self._arguments(input))
+        self._count_batch()
+        return y
 
     def _arguments(self, input: Tensor) -> dict[str, Any]:
-        """Those of :func:`batch_norm`; counts the batch."""
+        """Those of :func:`batch_norm`."""
         self._check_input_dim(input)
-        tracks = self.training and self.track_running_stats
         momentum = 0.0 if self.momentum is None else self.momentum
-        if tracks and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:  # the cumulative average, without asking the device
-                momentum = self.num_batches_tracked.double().reciprocal()
-        uses_buffers = not self.training or tracks
+        if self.momentum is None and self._tracks() and self.num_batches_tracked is not None:
+            # the cumulative average, without asking the device
+            momentum = (self.num_batches_tracked + 1).double().reciprocal()
+        uses_buffers = not self.training or self._tracks()
         return {
             "running_mean": self.running_mean if uses_buffers else None,
             "running_var": self.running_var if uses_buffers else None,
@@ -56,6 +57,14 @@ class _BatchNorm(TorchBatchNorm):
             "eps": self.eps,
             "unbiased_running_var": self.unbiased_running_var,
         }
+
+    def _count_batch(self) -> None:
+        """After the batch is through: one that is refused does not count."""
+        if self._tracks() and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+
+    def _tracks(self) -> bool:
+        return self.training and self.track_running_stats
 
     def extra_repr(self) -> str:
         given = "" if self.unbiased_running_var else ", unbiased_running_var=False"
@@ -109,13 +118,15 @@ class _BatchNormAct(_BatchNorm):
         self.activation, self.param = activation, param
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        return batch_norm_act(
+        y = batch_norm_act(
             input,
             activation=self.activation,
             param=self.param,
             residual=residual,
             **self._arguments(input),
         )
+        self._count_batch()
+        return y
 
     def extra_repr(self) -> str:
         given = "" if self.param is None else f", param={self.param}"
@@ -221,7 +232,8 @@ def batch_norm(
         running_mean, running_var: shape (C,), or None in training: then nothing is kept.
         weight, bias: :math:`\gamma` and :math:`\beta`, shape (C,), or None for 1 and 0.
         training: whether to use the batch's statistics.
-        momentum: the share of the batch in the running statistics, in [0, 1].
+        momentum: the share of the batch in the running statistics, in [0, 1]; below 0 is
+            taken, as by torch.
         eps: added to the variance; > 0 in training.
         unbiased_running_var: False keeps the biased variance.
 
@@ -230,11 +242,13 @@ def batch_norm(
         statistics as they are.
 
     Raises:
-        ValueError: one value per channel in training, one running statistic without the other, or
-            an ``eps`` out of range.
+        ValueError: one value per channel in training, one running statistic without the other, an
+            ``eps`` out of range, or a ``momentum`` above 1, by which a variance may become
+            negative, or NaN.
         RuntimeError: a tensor has not one entry per channel, or the running statistics are missing
             at inference.
         NotImplementedError: ``input`` is not floating point.
+        TypeError: ``input`` is no tensor, or ``momentum`` no number.
 
     Example:
         >>> x = torch.tensor([[1.0], [3.0]])
@@ -245,9 +259,9 @@ def batch_norm(
     Source: Ioffe and Szegedy, "Batch normalization: accelerating deep network training by reducing
     internal covariate shift", 2015.
     """
-    check("batch_norm", input, running_mean, running_var, weight, bias, training, eps)
-    statistics = (running_mean, running_var, training, momentum, eps, unbiased_running_var)
-    return _run(input, weight, bias, None, *statistics, None, 0.0)
+    statistics = (running_mean, running_var, training, momentum, eps)
+    check("batch_norm", input, weight, bias, *statistics)
+    return _run(input, weight, bias, None, *statistics, unbiased_running_var, None, 0.0)
 
 
 def batch_norm_act(
@@ -300,10 +314,10 @@ def batch_norm_act(
     Source: He et al., "Deep residual learning for image recognition", 2016.
     """
     name = "batch_norm_act"
-    check(name, input, running_mean, running_var, weight, bias, training, eps)
-    argument = checked_then(name, input, residual, activation, param)
-    statistics = (running_mean, running_var, training, momentum, eps, unbiased_running_var)
-    return _run(input, weight, bias, residual, *statistics, activation, argument)
+    statistics = (running_mean, running_var, training, momentum, eps)
+    check(name, input, weight, bias, *statistics)
+    then = (activation, checked_then(name, input, residual, activation, param))
+    return _run(input, weight, bias, residual, *statistics, unbiased_running_var, *then)
 
 
 def _run(
@@ -630,17 +644,17 @@ def _sums(x: Tensor) -> Tensor:
 def check(
     name: str,
     input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
     training: bool,
+    momentum: float | Tensor,
     eps: float,
     alone: bool = True,
 ) -> None:
     """Raise where :func:`batch_norm` says; ``alone`` says that no other process adds values."""
-    if not input.is_floating_point():
-        raise NotImplementedError(f"{name}: expected a floating point `input`, got {input.dtype}")
+    require_floating(name, input)
     if input.ndim < 2:
         raise ValueError(f"{name}: expected `input` of shape (N, C, ...), got {tuple(input.shape)}")
     channels = input.shape[1]
@@ -651,7 +665,7 @@ def check(
         "bias": bias,
     }
     for argument, tensor in tensors.items():
-        if tensor is not None and tensor.numel() != channels:
+        if tensor is not None and (tensor.ndim != 1 or tensor.numel() != channels):
             raise RuntimeError(
                 f"{name}: expected `{argument}` of shape ({channels},), got {tuple(tensor.shape)}"
             )
@@ -659,8 +673,12 @@ def check(
             raise RuntimeError(f"{name}: expected `{argument}` at inference, got None")
     if (running_mean is None) != (running_var is None):
         raise ValueError(f"{name}: expected both `running_mean` and `running_var`, or neither")
-    if eps < 0 or (training and eps == 0):
+    if not eps >= 0 or (training and eps == 0):
         raise ValueError(f"{name}: expected a positive `eps`, got {eps}")
+    if training and not isinstance(momentum, Tensor):  # which would have to be waited for
+        require_number(name, "momentum", momentum)
+        if not momentum <= 1:
+            raise ValueError(f"{name}: expected `momentum` of 1 at most, got {momentum}")
     if training and alone and input.shape[0] * math.prod(input.shape[2:]) == 1:
         raise ValueError(
             f"{name}: expected more than 1 value per channel when training, got `input` of "

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from torchref.autograd import Function, opmath, rounded, summed
 from torchref.dispatch import accelerated, will_run_kernel
+from torchref.nn._checks import require_floating
 from torchref.nn.activation import FUSED, checked_activation
 from torchref.nn.dropout import drawn_mask, mask_of
 from torchref.nn.linear import Linear, linear
@@ -115,8 +116,7 @@ def bias_act_dropout(
     name = "bias_act_dropout"
     _checked_p(name, p)
     argument = checked_activation(name, activation, param)
-    if not input.is_floating_point():
-        raise NotImplementedError(f"{name}: expected a floating point `input`, got {input.dtype}")
+    require_floating(name, input)
     features = input.shape[-1] if input.ndim else 1
     if bias is not None and bias.shape != (features,):
         raise RuntimeError(

@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 from torchref.autograd import Function, attached, autocast, opmath, rounded
-from torchref.dispatch import accelerated, differentiates_forward, is_plain, reads_values
+from torchref.dispatch import accelerated, is_plain, reads_values
+from torchref.internals import are_transforms_active, differentiates_forward
+from torchref.nn._checks import require_floating, require_integer, require_tensor
 from torchref.nn.loss import checked_reduction, require_constant
 
 
@@ -98,6 +100,7 @@ def cross_entropy(
             a second backward pass, or one that is to be differentiated, of
             ``gradient_in_forward``.
         NotImplementedError: ``input`` is not floating point.
+        TypeError: ``input`` or ``target`` is no tensor, or ``ignore_index`` no integer.
 
     Example:
         >>> scores = torch.tensor([[2.0, 0.0], [0.0, 0.0]])
@@ -111,8 +114,8 @@ def cross_entropy(
     reduction = checked_reduction(name, size_average, reduce, reduction)
     if not 0.0 <= label_smoothing <= 1.0:
         raise RuntimeError(f"{name}: expected `label_smoothing` in [0, 1], got {label_smoothing}")
-    if not input.is_floating_point():
-        raise NotImplementedError(f"{name}: expected a floating point `input`, got {input.dtype}")
+    require_floating(name, input)
+    require_tensor(name, "target", target)
     # None spares a pass, and scores of -inf the product 0 * inf
     smoothing = float(label_smoothing) if label_smoothing else None
     has_probabilities = target.shape == input.shape and input.ndim > 0
@@ -137,7 +140,7 @@ def cross_entropy(
 
 def _may_run_once(input: Tensor) -> bool:
     """Whether a gradient will be asked for, and by autograd itself, which asks when it likes."""
-    if torch._C._are_functorch_transforms_active() or differentiates_forward():
+    if are_transforms_active() or differentiates_forward():
         return False
     return torch.is_grad_enabled() and input.requires_grad and input.numel() > 0
 
@@ -451,8 +454,8 @@ def nll_loss(
     """
     name = "nll_loss"
     reduction = checked_reduction(name, size_average, reduce, reduction)
-    if not input.is_floating_point():
-        raise NotImplementedError(f"{name}: expected a floating point `input`, got {input.dtype}")
+    require_floating(name, input)
+    require_tensor(name, "target", target)
     input, weight = autocast(name, input, weight)
     target = _checked_indices(name, input, target, weight, ignore_index)
     return NLLLossFunction.call(input, target, weight, reduction, ignore_index)[0]
@@ -613,6 +616,7 @@ def _check_probabilities(
 def _checked_indices(
     name: str, input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
 ) -> Tensor:
+    require_integer(name, "ignore_index", ignore_index)
     if input.ndim == 0:
         raise ValueError(f"{name}: expected `input` with a class dimension, got a 0-dim tensor")
     dim = _class_dim(input)

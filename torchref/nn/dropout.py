@@ -5,6 +5,8 @@ from torch import Tensor
 
 from torchref.autograd import Function, opmath, refuse_leaf, rounded, traces_in_place
 from torchref.dispatch import accelerated, will_run_kernel
+from torchref.internals import may_be_view
+from torchref.nn._checks import require_tensor
 
 
 class Dropout(torch.nn.Dropout):
@@ -82,6 +84,7 @@ def dropout(
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"dropout: expected `p` in [0, 1], got {p}")
     _checked_scale_at(scale_at)
+    require_tensor("dropout", "input", input)
     if not training:
         if scale_at == "training":
             return input
@@ -102,7 +105,7 @@ def dropout(
             return input.copy_(SeededDropoutFunction.call(input, seed, float(p), keep, False))
         return SeededDropoutFunction.call(input, seed, float(p), keep, inplace)
     # A Function of two results, as this one is, may not write into a view.
-    if inplace and (traces_in_place() or input._is_view()):
+    if inplace and (traces_in_place() or may_be_view(input)):
         return input.copy_(DropoutFunction.call(input, float(p), keep, False)[0])
     return DropoutFunction.call(input, float(p), keep, inplace)[0]
 

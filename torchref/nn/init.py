@@ -1,10 +1,13 @@
 """Weight initialization, matched to the activation that follows."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+
+from torchref.internals import AnyConv
 
 _CONVOLUTIONS = tuple(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3))
 
@@ -268,7 +271,10 @@ def initialize(model: nn.Module, method: str = "auto") -> dict[str, str]:
         The method used for each layer, by the layer's name in ``model.named_modules()``.
 
     Raises:
-        ValueError: an unknown ``method``, or a layer under the old ``weight_norm``.
+        ValueError: an unknown ``method``, a layer under the old ``weight_norm``, one whose
+            parametrization has no ``right_inverse``, or a lazy one that has seen no input. No layer
+            is changed then.
+        TypeError: ``model`` is no module.
 
     Example:
         >>> model = torch.nn.Sequential(
@@ -283,17 +289,18 @@ def initialize(model: nn.Module, method: str = "auto") -> dict[str, str]:
         raise ValueError(
             f"initialize: expected `method` auto, {', '.join(METHODS)}, got {method!r}"
         )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"initialize: expected a module `model`, got {type(model).__name__}")
     modules = list(model.named_modules())
+    layers = [
+        (name, layer, _activation_after(position, modules))
+        for position, (name, layer) in enumerate(modules)
+        if isinstance(layer, _LAYERS) and not isinstance(layer, _ATTENTION_PROJECTION)
+    ]
+    for name, layer, _ in layers:
+        _check_weight(name, layer)
     used = {}
-    for position, (name, layer) in enumerate(modules):
-        if not isinstance(layer, _LAYERS) or isinstance(layer, _ATTENTION_PROJECTION):
-            continue
-        if hasattr(layer, "weight_g"):
-            raise ValueError(
-                f"initialize: {name} has torch.nn.utils.weight_norm, which overwrites its weight; "
-                "use torch.nn.utils.parametrizations.weight_norm"
-            )
-        activation = _activation_after(position, modules)
+    for name, layer, activation in layers:
         used[name] = _method_for(activation) if method == "auto" else method
         weight = layer.weight.detach()
         if method == "auto" and isinstance(activation, nn.LeakyReLU):
@@ -307,7 +314,23 @@ def initialize(model: nn.Module, method: str = "auto") -> dict[str, str]:
     return used
 
 
-_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+def _check_weight(name: str, layer: Any) -> None:
+    """Raise where a layer's weight cannot be set."""
+    if hasattr(layer, "weight_g"):
+        raise ValueError(
+            f"initialize: {name} has torch.nn.utils.weight_norm, which overwrites its weight; "
+            "use torch.nn.utils.parametrizations.weight_norm"
+        )
+    if isinstance(layer.weight, nn.parameter.UninitializedParameter):
+        raise ValueError(f"initialize: {name} is lazy and has no weight yet; run the model first")
+    if parametrize.is_parametrized(layer, "weight"):
+        for step in layer.parametrizations.weight:
+            if not hasattr(step, "right_inverse"):
+                kind = type(step).__name__
+                raise ValueError(f"initialize: {name} has a {kind}, which has no `right_inverse`")
+
+
+_LAYERS = (nn.Linear, AnyConv)
 _ATTENTION_PROJECTION = nn.modules.linear.NonDynamicallyQuantizableLinear
 _RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Softplus)
 _SATURATING = (nn.Sigmoid, nn.Tanh, nn.Softmax, nn.LogSoftmax)

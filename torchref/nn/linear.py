@@ -7,6 +7,7 @@ from torch import Tensor
 
 from torchref.autograd import Function, autocast, opmath, rounded, summed
 from torchref.dispatch import accelerated
+from torchref.nn._checks import require_tensor
 
 
 class Linear(torch.nn.Linear):
@@ -31,7 +32,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         A tensor of shape (..., out_features), or (...) for one neuron.
 
     Raises:
-        RuntimeError: the shapes or types do not fit.
+        RuntimeError: the shapes, types or devices do not fit.
+        TypeError: ``input`` is no tensor.
 
     Example:
         >>> x, w, b = torch.tensor([1.0, 2.0]), torch.tensor([[3.0, 4.0]]), torch.tensor([0.5])
@@ -40,6 +42,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Source: Rosenblatt, "The perceptron", 1958; the gradient: Rumelhart, Hinton and Williams, 1986.
     """
+    require_tensor("linear", "input", input)
     input, weight, bias = autocast("linear", input, weight, bias)
     if weight.ndim == 1 and bias is None:
         return linear(input, weight.unsqueeze(0)).squeeze(-1)
@@ -51,6 +54,15 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         raise RuntimeError(
             f"linear: expected `input` of shape (..., {weight.shape[1]}) for `weight` of shape "
             f"{tuple(weight.shape)}, got {tuple(input.shape)}"
+        )
+    if weight.device != input.device:  # a product with a meta tensor on the CPU is left unwritten
+        raise RuntimeError(
+            f"linear: expected `weight` on `input`'s device {input.device}, got {weight.device}"
+        )
+    if bias is not None and (bias.ndim > 1 or bias.numel() not in (1, weight.shape[0])):
+        raise RuntimeError(
+            f"linear: expected `bias` of shape ({weight.shape[0]},) for `weight` of shape "
+            f"{tuple(weight.shape)}, got {tuple(bias.shape)}"
         )
     # The Function sees rows and returns them: a reshape inside it would make its result a view,
     # which nothing could then change in place.

@@ -6,10 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor  # pyright: ignore[reportMissingImports]
 
 from torchref.autograd import Function, autocast, opmath, rounded
-from torchref.dispatch import accelerated, differentiates_forward
+from torchref.dispatch import accelerated
+from torchref.internals import (
+    are_transforms_active,
+    differentiates_forward,
+    is_batched_gradient,
+    keeps_graph,
+)
+from torchref.nn._checks import require_tensor
 from torchref.nn.cross_entropy import (
     _checked_indices,
     cross_entropy,
@@ -157,10 +163,10 @@ def linear_cross_entropy(
     al., "Liger kernel", 2024.
     """
     name = "linear_cross_entropy"
-    _check_ranks(name, input, linear_weight)
+    _check_shapes(name, input, linear_weight, linear_bias)
     index = -100 if ignore_index is None else ignore_index
     plain = input.ndim == 2 and linear_weight.ndim == 2 and target.ndim == 1
-    if plain and not (torch._C._are_functorch_transforms_active() or differentiates_forward()):
+    if plain and not (are_transforms_active() or differentiates_forward()):
         rows = getattr(options, "batch_chunk_size", None)
         if rows is None:
             rows = _rows_within(BUDGET, linear_weight)
@@ -169,8 +175,8 @@ def linear_cross_entropy(
         if input.shape[0] > rows:
             rest = (weight, checked_reduction(name, None, None, reduction), index, label_smoothing)
             return _in_chunks(name, input, linear_weight, linear_bias, target, *rest, rows)
-    classes, *sizes, features = linear_weight.shape
-    flat = linear_weight.reshape(-1, features)
+    classes, *sizes, _ = linear_weight.shape
+    flat = linear_weight.flatten(0, -2)
     scores = linear(input, flat, None if linear_bias is None else linear_bias.reshape(-1))
     return cross_entropy(
         scores.reshape(*input.shape[:-1], classes, *sizes),
@@ -182,13 +188,21 @@ def linear_cross_entropy(
     )
 
 
-def _check_ranks(name: str, input: Tensor, linear_weight: Tensor) -> None:
+def _check_shapes(
+    name: str, input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None
+) -> None:
+    require_tensor(name, "input", input)
     if input.ndim not in (1, 2):
         raise RuntimeError(f"{name}: expected 1D or 2D `input`, got shape {tuple(input.shape)}")
     if linear_weight.ndim < 2 or (linear_weight.ndim > 2 and input.ndim == 1):
         raise RuntimeError(
             f"{name}: expected `linear_weight` of two dimensions, or more for 2D `input`, "
             f"got shape {tuple(linear_weight.shape)}"
+        )
+    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
+        raise RuntimeError(
+            f"{name}: expected `linear_bias` of shape {tuple(linear_weight.shape[:-1])}, "
+            f"got {tuple(linear_bias.shape)}"
         )
 
 
@@ -216,10 +230,6 @@ def _in_chunks(
         raise RuntimeError(
             f"{name}: expected `input` of shape (N, {w.shape[1]}) for `linear_weight` of shape "
             f"{tuple(w.shape)}, got {tuple(x.shape)}"
-        )
-    if b is not None and b.shape != w.shape[:1]:
-        raise RuntimeError(
-            f"{name}: expected `linear_bias` of shape ({w.shape[0]},), got {tuple(b.shape)}"
         )
     x, w, b = autocast("linear", x, w, b)
     one, weight = autocast("cross_entropy", x.new_empty(()), weight)
@@ -281,7 +291,7 @@ class LinearCrossEntropyFunction(Function):
             return *_composed_bwd(dy, (x, w, b), target, weight, ctx.options, wants), *(None,) * 9
         scale = opmath(dy) / total
         pairs = zip((dx, dw, db), (x, w, b), wants, strict=True)
-        again = torch.compiler.is_compiling() or _runs_again()
+        again = torch.compiler.is_compiling() or keeps_graph()
         grads = (_scaled(d, scale, like, again) if want else None for d, like, want in pairs)
         return *grads, *(None,) * 9
 
@@ -390,11 +400,6 @@ def _chunks(
         yield part, linear_fwd(part, w, b), target[start : start + rows]
 
 
-def _runs_again() -> bool:
-    """Whether the backward pass under way keeps what was saved, for another one."""
-    return torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue]
-
-
 def _scaled(d: Tensor, scale: Tensor, like: Tensor, again: bool) -> Tensor:
     """``d * scale`` in the type of ``like``, in float32 on the way, some rows at a time.
 
@@ -414,7 +419,7 @@ def _needs_operations(dy: Tensor) -> bool:
     """Whether torch must see a backward pass: to differentiate it again, or of many at once."""
     if torch.compiler.is_compiling():  # Dynamo cannot trace the look at the tensor
         return torch.is_grad_enabled()
-    return torch.is_grad_enabled() or is_legacy_batchedtensor(dy)
+    return torch.is_grad_enabled() or is_batched_gradient(dy)
 
 
 def _composed_bwd(

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import _reduction
 
 from torchref.autograd import Function, autocast, opmath, rounded
 from torchref.dispatch import accelerated, reads_values
+from torchref.nn._checks import require_tensor
 
 
 class MSELoss(torch.nn.MSELoss):
@@ -216,6 +216,8 @@ def binary_cross_entropy(
     """
     name = "binary_cross_entropy"
     reduction = checked_reduction(name, size_average, reduce, reduction)
+    require_tensor(name, "input", input)
+    require_tensor(name, "target", target)
     input, target, weight = autocast(name, input, target, weight)
     if target.shape != input.shape:
         raise ValueError(
@@ -230,11 +232,18 @@ def binary_cross_entropy(
     require_constant(name, "weight", weight)
     if reads_values(input, target):
         for which, tensor in (("input", input), ("target", target)):
-            if not ((tensor >= 0) & (tensor <= 1)).all():
-                raise RuntimeError(f"{name}: expected every `{which}` between 0 and 1")
+            inside = (tensor >= 0) & (tensor <= 1)
+            if not inside.all():
+                raise RuntimeError(
+                    f"{name}: expected every `{which}` between 0 and 1, "
+                    f"got {tensor[~inside][0].item()}"
+                )
     if weight is not None:
-        weight = weight.to(input.dtype).expand(target.shape)
+        weight = _expanded(name, "weight", weight.to(input.dtype), input)
     return BCELossFunction.call(input, target, weight, reduction)
+
+
+_LEAST = 9.999999960041972e-13  # torch's 1e-12, a float32 in every type
 
 
 class BCELossFunction(Function):
@@ -269,7 +278,7 @@ def bce_loss_bwd(
     dy: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, reduction: str
 ) -> Tensor:
     x32 = opmath(x)
-    slope = (x32 - opmath(target)) / ((1 - x32) * x32).clamp_min(1e-12)
+    slope = (x32 - opmath(target)) / ((1 - x32) * x32).clamp_min(_LEAST)
     return rounded(spread(dy, x, reduction) * _weighted(slope, weight), x)
 
 
@@ -336,6 +345,8 @@ def binary_cross_entropy_with_logits(
     """
     name = "binary_cross_entropy_with_logits"
     reduction = checked_reduction(name, size_average, reduce, reduction)
+    require_tensor(name, "input", input)
+    require_tensor(name, "target", target)
     input, target, weight, pos_weight = autocast(name, input, target, weight, pos_weight)
     if target.shape != input.shape:
         raise ValueError(
@@ -350,7 +361,8 @@ def binary_cross_entropy_with_logits(
     require_constant(name, "weight", weight)
     require_constant(name, "pos_weight", pos_weight)
     input, target = _promoted(input, target)
-    weight, pos_weight = (w if w is None else w.expand(input.shape) for w in (weight, pos_weight))
+    weight = _expanded(name, "weight", weight, input)
+    pos_weight = _expanded(name, "pos_weight", pos_weight, input)
     return BCEWithLogitsLossFunction.call(input, target, weight, pos_weight, reduction)
 
 
@@ -414,9 +426,11 @@ def bce_with_logits_loss_target_bwd(
     pos_weight: Tensor | None,
     reduction: str,
 ) -> Tensor:
-    slope = -opmath(x)
-    if pos_weight is not None:
-        slope = slope + (opmath(pos_weight) - 1) * _softplus_of_minus(opmath(x))
+    x32 = opmath(x)
+    if pos_weight is None:
+        slope = -x32
+    else:  # not (p - 1) log(1 + e^-x) - x, which is inf - inf at -inf
+        slope = opmath(pos_weight) * _softplus_of_minus(x32) - _softplus_of_minus(-x32)
     return rounded(spread(dy, x, reduction) * _weighted(slope, weight), target)
 
 
@@ -455,6 +469,8 @@ def _distance(
 ) -> Tensor:
     """The common path of the losses that depend on ``input - target``."""
     reduction = checked_reduction(name, size_average, reduce, reduction)
+    require_tensor(name, "input", input)
+    require_tensor(name, "target", target)
     input, target = autocast(name, input, target)
     if not (input.is_floating_point() or target.is_floating_point()):
         raise NotImplementedError(
@@ -478,6 +494,18 @@ def _distance(
     if reduction == "mean":
         return losses.sum() / weight.sum()
     return losses.sum() if reduction == "sum" else losses
+
+
+def _expanded(name: str, argument: str, w: Tensor | None, input: Tensor) -> Tensor | None:
+    if w is None:
+        return None
+    try:
+        return w.expand(input.shape)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{name}: expected a `{argument}` that broadcasts to `input`'s shape "
+            f"{tuple(input.shape)}, got {tuple(w.shape)}"
+        ) from error
 
 
 def _promoted(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -510,13 +538,28 @@ def checked_reduction(
     name: str, size_average: bool | None, reduce: bool | None, reduction: str
 ) -> str:
     if size_average is not None or reduce is not None:
-        return _reduction.legacy_get_string(size_average, reduce)
+        return _older_reduction(size_average, reduce)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'{name}: expected `reduction` "mean", "sum" or "none", got {reduction!r}')
     return reduction
 
 
+def _older_reduction(size_average: bool | None, reduce: bool | None) -> str:
+    """What the two arguments ask for that ``reduction`` took the place of, with torch's warning."""
+    averages = size_average is None or size_average
+    reduction = "none" if reduce is not None and not reduce else "mean" if averages else "sum"
+    warnings.warn(
+        "size_average and reduce args will be deprecated, please use "
+        f"reduction='{reduction}' instead.",
+        stacklevel=2,
+    )
+    return reduction
+
+
 def require_constant(name: str, argument: str, tensor: Tensor | None) -> None:
+    if tensor is None:
+        return
+    require_tensor(name, argument, tensor)
     # torch refuses these gradients too; dropping one without a word would be wrong.
-    if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+    if tensor.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(f"{name}: no gradient for `{argument}`; detach it")

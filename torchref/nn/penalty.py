@@ -28,6 +28,7 @@ def weight_penalty(module: torch.nn.Module, l1: float = 0.0, l2: float = 0.0) ->
 
     Raises:
         ValueError: a coefficient is out of its range.
+        TypeError: ``module`` is none, but for instance its parameters.
 
     Example:
         >>> layer = torch.nn.Linear(2, 1)
@@ -40,6 +41,8 @@ def weight_penalty(module: torch.nn.Module, l1: float = 0.0, l2: float = 0.0) ->
     for name, value in (("l1", l1), ("l2", l2)):
         if not 0 <= value < float("inf"):
             raise ValueError(f"weight_penalty: expected `{name}` finite and >= 0, got {value}")
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"weight_penalty: expected a module `module`, got {type(module).__name__}")
     weights = _weights(module) if l1 or l2 else []
     terms = [l1 * w.abs().sum() for w in weights] if l1 else []
     terms += [l2 * w.square().sum() for w in weights] if l2 else []

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from torchref.autograd import Function, autocast, opmath, rounded
 from torchref.dispatch import accelerated
+from torchref.nn._checks import require_tensor
 
 
 class Softmax(torch.nn.Softmax):
@@ -53,6 +54,7 @@ def softmax(
     Source: Bridle, "Probabilistic interpretation of feedforward classification network outputs",
     1990.
     """
+    require_tensor("softmax", "input", input)
     if dim is None:
         dim = _implicit_dim("softmax", input.ndim, _stacklevel)
     return SoftmaxFunction.call(_prepared("softmax", input, dim, dtype), dim)
@@ -117,6 +119,7 @@ def log_softmax(
 
     Source: Goodfellow, Bengio and Courville, *Deep Learning*, section 6.2.2.3, 2016.
     """
+    require_tensor("log_softmax", "input", input)
     if dim is None:
         dim = _implicit_dim("log_softmax", input.ndim, _stacklevel)
     return LogSoftmaxFunction.call(_prepared("log_softmax", input, dim, dtype), dim)

@@ -8,7 +8,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from torchref.autograd import Function, opmath, rounded
-from torchref.dispatch import differentiates_forward
+from torchref.internals import (
+    TorchBatchNorm,
+    are_transforms_active,
+    differentiates_forward,
+    disable_dynamo,
+)
 from torchref.nn import batch_norm as local
 
 
@@ -77,7 +82,9 @@ class SyncBatchNorm(local._BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not self._has_others():
             return super().forward(input)
-        return _sync_batch_norm(input, None, self.process_group, **self._arguments(input))
+        y = _sync_batch_norm(input, None, self.process_group, **self._arguments(input))
+        self._count_batch()
+        return y
 
     def _has_others(self) -> bool:
         """Whether there are processes to share statistics with."""
@@ -108,20 +115,25 @@ class SyncBatchNorm(local._BatchNorm):
         Returns:
             ``module``.
 
+        Raises:
+            TypeError: ``module`` is none.
+
         Example:
             >>> net = torch.nn.Sequential(torch.nn.Linear(20, 100), torch.nn.BatchNorm1d(100))
             >>> net = torchref.nn.SyncBatchNorm.convert_sync_batchnorm(net)
             >>> type(net[1])
             <class 'torchref.nn.sync_batch_norm.SyncBatchNorm'>
         """
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                f"convert_sync_batchnorm: expected a module `module`, got {type(module).__name__}"
+            )
         for name, inner in module.named_modules():
             becomes = _BECOMES.get(type(inner))
             if becomes is not None:
                 inner.__class__ = becomes
                 vars(inner)["process_group"] = process_group
-            elif isinstance(inner, nn.modules.batchnorm._BatchNorm) and not isinstance(
-                inner, SyncBatchNorm
-            ):
+            elif isinstance(inner, TorchBatchNorm) and not isinstance(inner, SyncBatchNorm):
                 kind = type(inner).__name__
                 warnings.warn(f"convert_sync_batchnorm: left {name!r}, a {kind}", stacklevel=2)
         return module
@@ -146,7 +158,9 @@ class SyncBatchNormAct(local._BatchNormAct, SyncBatchNorm):
             return super().forward(input, residual)
         then = {"activation": self.activation, "param": self.param}
         arguments = self._arguments(input) | then
-        return _sync_batch_norm(input, residual, self.process_group, **arguments)
+        y = _sync_batch_norm(input, residual, self.process_group, **arguments)
+        self._count_batch()
+        return y
 
 
 _BECOMES: dict[type, type] = {
@@ -157,8 +171,8 @@ _BECOMES: dict[type, type] = {
 }
 
 
-# With its collectives outside of graphs, as torch's; `torch.compiler.disable` would import Dynamo.
-@torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
+# With its collectives outside of graphs, as torch's.
+@disable_dynamo
 def _sync_batch_norm(
     input: Tensor,
     residual: Tensor | None,
@@ -175,11 +189,12 @@ def _sync_batch_norm(
     param: float | None = None,
 ) -> Tensor:
     name = "sync_batch_norm"
-    local.check(name, input, running_mean, running_var, weight, bias, training, eps, alone=False)
+    statistics = (running_mean, running_var, training, momentum, eps)
+    local.check(name, input, weight, bias, *statistics, alone=False)
     argument = 0.0
     if activation is not None:
         argument = local.checked_then(name, input, residual, activation, param)
-    if differentiates_forward() or torch._C._are_functorch_transforms_active():
+    if differentiates_forward() or are_transforms_active():
         raise RuntimeError(
             f"{name}: torch.func and forward-mode AD do not reach into other processes"
         )

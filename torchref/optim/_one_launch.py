@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from torchref.dispatch import KERNEL_DTYPES, find_kernel, get_backend, is_plain, kernel_for
+from torchref.internals import local_part
 from torchref.optim._update import Row, is_dense, on_device
 
 if TYPE_CHECKING:
@@ -241,7 +242,7 @@ def _counted_on_device(optimizer: "Optimizer", row: Row, here: Row) -> Row:
 
 def local(x: Tensor) -> Tensor:
     """What this process has of a DTensor; any other tensor itself."""
-    return x._local_tensor if _is_dtensor(x) else x  # type: ignore[attr-defined]
+    return local_part(x) if _is_dtensor(x) else x  # type: ignore[attr-defined]
 
 
 def whole(x: Tensor) -> Tensor:

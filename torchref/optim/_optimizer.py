@@ -7,16 +7,31 @@ the rest go to the optimizer's formula, group by group.
 
 import contextlib
 from collections.abc import Callable, Iterator
+from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import _use_grad_for_differentiable
+from torch.nn import Parameter
 
 from torchref.autograd import opmath
+from torchref.dispatch import reads_values
+from torchref.internals import check_graph_capture, step_with_grad_mode
 from torchref.optim._one_launch import StepInOneLaunch, kernel, split, whole
 from torchref.optim._update import Row, average, clip_factor, on_device
 from torchref.optim.clip import total_norm
+
+# Of each number, from the first up to but without the second.
+RANGES = {
+    "lr": (0, inf),
+    "momentum": (0, inf),
+    "dampening": (-inf, inf),
+    "weight_decay": (0, inf),
+    "eps": (0, inf),
+    "alpha": (0, 1),
+    "betas": (0, 1),
+    "ema_decay": (0, 1),
+}
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -26,6 +41,8 @@ class Optimizer(torch.optim.Optimizer):
     _in_one_launch: StepInOneLaunch | None = None
     _kernel: str
     _state_keys: tuple[str, ...]
+    _loaded_options: tuple[str, ...]  # those without which a saved group is another optimizer's
+    _loaded_states: tuple[str, ...] = ()  # and those of a parameter that has taken a step
 
     def _rows(self, group: dict[str, Any]) -> list[Row]:
         """The tensors of each of a group's parameters that has a gradient."""
@@ -72,24 +89,32 @@ class Optimizer(torch.optim.Optimizer):
                     group.setdefault(key, value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Torch's, with our options checked."""
-        self._check_options(self.defaults | param_group)
+        """Torch's, with the options checked, which torch does in the constructor alone."""
+        if isinstance(param_group, dict):  # or torch says that it has to be one
+            self._check_options(self.defaults | param_group)
         super().add_param_group(param_group)
 
     def _check_options(self, options: dict[str, Any]) -> None:
         name = type(self).__name__
-        max_norm, ema_decay = options.get("max_norm"), options.get("ema_decay")
+        for key in (*RANGES, "max_norm"):
+            if isinstance(options.get(key), str):  # which YAML makes of 1e-3
+                raise TypeError(f"{name}: expected a number `{key}`, got {options[key]!r}")
+        betas = options.get("betas")
+        if betas is not None and not (isinstance(betas, tuple | list) and len(betas) == 2):
+            raise ValueError(f"{name}: expected two numbers as `betas`, got {betas}")
+        for key, (low, high) in RANGES.items():
+            if not _within(options.get(key), low, high):
+                raise ValueError(f"{name}: expected `{key}` in [{low}, {high}), got {options[key]}")
+        max_norm = options.get("max_norm")
         if max_norm is not None and not max_norm >= 0:
             raise ValueError(f"{name}: expected `max_norm` >= 0, got {max_norm}")
-        if ema_decay is not None and not 0 <= ema_decay < 1:
-            raise ValueError(f"{name}: expected `ema_decay` in [0, 1), got {ema_decay}")
         state_dtype = options.get("state_dtype")
         if state_dtype not in (None, torch.float32):
             raise ValueError(
                 f"{name}: expected `state_dtype` to be None or torch.float32, got {state_dtype}"
             )
 
-    @_use_grad_for_differentiable
+    @step_with_grad_mode
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters once.
 
@@ -100,7 +125,7 @@ class Optimizer(torch.optim.Optimizer):
             What ``closure`` returns, or None.
         """
         if "capturable" in self.defaults:
-            self._accelerator_graph_capture_health_check()
+            check_graph_capture(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -241,10 +266,16 @@ class Optimizer(torch.optim.Optimizer):
             hook.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Torch's, but averages and float32 states do not become of a half-precision type."""
+        """Torch's, but averages and float32 states do not become of a half-precision type.
+
+        Raises:
+            ValueError: the groups or states are not those of such an optimizer and its parameters.
+                Nothing is loaded then.
+        """
         seen: list[dict[str, Any]] = []  # what torch loads, after everybody's hooks
 
         def look(_: Any, state_dict: dict[str, Any]) -> None:
+            self._check_loaded(state_dict)
             seen.append(state_dict)
 
         def restore(_: Any) -> None:
@@ -259,6 +290,36 @@ class Optimizer(torch.optim.Optimizer):
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _check_loaded(self, state_dict: dict[str, Any]) -> None:
+        pairs = list(zip(self.param_groups, state_dict["param_groups"], strict=False))
+        if any(len(group["params"]) != len(saved["params"]) for group, saved in pairs):
+            return  # as torch is about to say
+        name = f"{type(self).__name__}.load_state_dict"
+        for group, saved in pairs:
+            for key in self._loaded_options:
+                if key not in saved:
+                    raise ValueError(
+                        f"{name}: expected `{key}` in `param_groups`, got {', '.join(saved)}"
+                    )
+            for key in RANGES:  # a schedule's last lr may be rounded to below 0
+                if not _within(saved.get(key), -inf, inf):
+                    raise ValueError(f"{name}: expected a finite `{key}`, got {saved[key]}")
+            for p, key in zip(group["params"], saved["params"], strict=True):
+                self._check_loaded_state(name, p, state_dict["state"].get(key) or {})
+
+    def _check_loaded_state(self, name: str, p: Tensor, states: dict[str, Any]) -> None:
+        for key in self._loaded_states:
+            if states and key not in states:
+                raise ValueError(f"{name}: expected `{key}` in `state`, got {', '.join(states)}")
+        for key in self._state_keys:
+            x = states.get(key)
+            if key in ("step", "ema_step") or not (isinstance(x, Tensor) and _are_whole(p, x)):
+                continue  # a process may hold a part alone, and only torch knows what fits it
+            if x.shape != p.shape:
+                raise ValueError(
+                    f"{name}: expected `{key}` of shape {tuple(p.shape)}, got {tuple(x.shape)}"
+                )
 
     def _restore_all(self, state_dict: dict[str, Any]) -> None:
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
@@ -281,6 +342,19 @@ class Optimizer(torch.optim.Optimizer):
             for key in ("max_norm", "ema_decay", "ema_bias_correction", "state_dtype"):
                 if key in self.defaults:
                     group.setdefault(key, self.defaults[key])
+
+
+def _within(value: Any, low: float, high: float) -> bool:
+    """Whether a number, or each of several, is in its range; True where that is not known."""
+    if isinstance(value, tuple | list):
+        return all(_within(x, low, high) for x in value)
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and (not reads_values(value) or low <= value.item() < high)
+    return value is None or low <= value < high
+
+
+def _are_whole(*tensors: Tensor) -> bool:
+    return all(type(x) in (Tensor, Parameter) for x in tensors)
 
 
 def _clip(norm: Tensor | None, group: dict[str, Any]) -> Tensor | None:

@@ -16,15 +16,15 @@ from typing import Any, NamedTuple, TypeGuard, cast
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.optim import Optimizer
-from torch.optim.optimizer import (
-    _default_to_fused_or_foreach,
-    _get_capturable_supported_devices,
-)
 
 from torchref.autograd import opmath
 from torchref.compilation import can_compile, compiled_variant, kind, traced
 from torchref.dispatch import get_backend, is_plain
+from torchref.internals import (
+    default_to_fused_or_foreach,
+    devices_of_graphs,
+    grouped_by_device_and_dtype,
+)
 
 # A hyperparameter: a number, or a tensor of one element where torch allows it.
 Scalar = float | Tensor
@@ -70,13 +70,13 @@ def alike(rows: list[Row]) -> list[list[list[Any]]]:
     columns = [[row.param for row in rows], [row.grad for row in rows], *states]
     columns.append([row.step for row in rows])
     lists = [[] if column[0] is None else column for column in columns]
-    groups = Optimizer._group_tensors_by_device_and_dtype(cast(Any, lists))
+    groups = grouped_by_device_and_dtype(lists)
     return [cast(list[list[Any]], part) for part, _ in groups.values()]
 
 
 def by_device_and_dtype(tensors: list[Tensor]) -> list[list[Tensor]]:
     """The tensors, split so that in each part all share device and type."""
-    groups = Optimizer._group_tensors_by_device_and_dtype(cast(Any, [tensors]))
+    groups = grouped_by_device_and_dtype([tensors])
     return [cast(list[Tensor], part[0]) for part, _ in groups.values()]
 
 
@@ -92,7 +92,7 @@ def runs_foreach(
     foreach, differentiable = group["foreach"], group["differentiable"]
     if foreach is None and group.get("fused") is None:
         params = [row.param for row in rows]
-        _, foreach = _default_to_fused_or_foreach(params, differentiable, use_fused=False)
+        _, foreach = default_to_fused_or_foreach(params, differentiable, use_fused=False)
         if isinstance(group["lr"], Tensor) and not group.get("capturable"):
             foreach = False  # as torch: lists take their scale from the host
     if not foreach or differentiable or grad_scale is not None or found_inf is not None:
@@ -154,7 +154,7 @@ def _update_compiled(
         run = _compiled(update, types, device, args)
         numbers = [traced(arg) for arg in args]
         tensors.sort(key=_size)  # batches of like sizes run 5% faster than mixed ones
-        tensors += _examples(types, device, 2)[: -len(tensors) % BATCH]
+        tensors += _padding(types, device)[: -len(tensors) % BATCH]
         for i in range(0, len(tensors), BATCH):
             run(update, tensors[i : i + BATCH], *numbers)
     if written:
@@ -182,7 +182,6 @@ def _update_batch(update: Callable[..., None], batch: list[Tensors], *args: Any)
         update(*tensors, *args)
 
 
-@functools.cache
 def _examples(
     types: tuple[torch.dtype | None, ...], device: torch.device, least: int
 ) -> list[Tensors]:
@@ -196,6 +195,11 @@ def _examples(
         return None if dtype is None else torch.zeros(size, dtype=dtype, device=device)
 
     return [[example(size, dtype) for dtype in types] for size in range(least, least + BATCH)]
+
+
+@functools.lru_cache(64)
+def _padding(types: tuple[torch.dtype | None, ...], device: torch.device) -> list[Tensors]:
+    return _examples(types, device, 2)
 
 
 def _are_vectors(tensors: list[Tensor]) -> bool:
@@ -244,7 +248,7 @@ def check_capturable(rows: list[Row], group: dict[str, Any]) -> None:
     """Raise torch's error where ``capturable=True`` meets tensors no graph can capture."""
     if torch.compiler.is_compiling() or not group["capturable"]:
         return
-    devices = _get_capturable_supported_devices()
+    devices = devices_of_graphs()
     for row in rows:
         kinds = row.param.device.type, cast(Tensor, row.step).device.type
         if kinds[0] != kinds[1] or kinds[0] not in devices:
@@ -270,6 +274,11 @@ def uncount(steps: Tensors, found_inf: Tensor | None) -> None:
         for step in steps:
             if step is not None:
                 step.sub_((found_inf > 0).to(step))
+
+
+def to_scalar(value: Scalar) -> Scalar:
+    """A hyperparameter; as a tensor of no dimensions where it is one of one element."""
+    return value.squeeze() if isinstance(value, Tensor) and value.ndim else value
 
 
 def step_number(step: Tensor) -> Scalar:

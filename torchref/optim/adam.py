@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT, _to_scalar
+from torch.optim.optimizer import ParamsT
 
 from torchref.optim._one_launch import kernel
 from torchref.optim._optimizer import Optimizer
@@ -25,6 +25,7 @@ from torchref.optim._update import (
     runs_foreach,
     step_number,
     store,
+    to_scalar,
     uncount,
     unscaled,
     update_each,
@@ -93,6 +94,8 @@ class Adam(Optimizer, torch.optim.Adam):
 
     _kernel = "adam_step"
     _state_keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step", "ema", "ema_step")
+    _loaded_options = ("lr", "betas", "eps", "weight_decay")
+    _loaded_states = ("step", "exp_avg", "exp_avg_sq")
 
     def __init__(
         self,
@@ -251,7 +254,7 @@ def _arguments(
 ) -> list[tuple[Any, ...]]:
     """What :func:`adam_update` takes for each row after its tensors; one object for equal ones."""
     l2, decay = _weight_decay(group)
-    rest = *map(_to_scalar, group["betas"]), group["eps"], l2, decay, group["maximize"]
+    rest = *map(to_scalar, group["betas"]), group["eps"], l2, decay, group["maximize"]
     shared: dict[Any, tuple[Any, ...]] = {}
     arguments = []
     for row in rows:
@@ -326,7 +329,7 @@ def foreach_adam_update(
     group: dict[str, Any],
 ) -> None:
     """:func:`adam_update` on lists of tensors of one device and type."""
-    beta1, beta2 = map(_to_scalar, group["betas"])
+    beta1, beta2 = map(to_scalar, group["betas"])
     l2, decay = _weight_decay(group)
     if clip is not None:
         grads = list(torch._foreach_mul(grads, clip.to(grads[0].device)))
@@ -360,8 +363,8 @@ def foreach_adam_update(
 
 def _corrections(t: Scalar, group: dict[str, Any]) -> tuple[Any, Any]:
     """The step size and the denominator's divisor that undo the averages' start at zero."""
-    beta1, beta2 = map(_to_scalar, group["betas"])
-    return _to_scalar(group["lr"]) / (1 - beta1**t), (1 - beta2**t) ** 0.5
+    beta1, beta2 = map(to_scalar, group["betas"])
+    return to_scalar(group["lr"]) / (1 - beta1**t), (1 - beta2**t) ** 0.5
 
 
 def _weight_decay(group: dict[str, Any]) -> tuple[Any, Any]:
@@ -370,5 +373,5 @@ def _weight_decay(group: dict[str, Any]) -> tuple[Any, Any]:
     if weight_decay == 0:
         return None, None
     if group["decoupled_weight_decay"]:
-        return None, 1 - _to_scalar(group["lr"]) * weight_decay
+        return None, 1 - to_scalar(group["lr"]) * weight_decay
     return weight_decay, None

@@ -3,14 +3,15 @@
 # torch._foreach_* is how torch.optim itself works on lists; it has no public name.
 # pyright: reportPrivateImportUsage=false
 
+import math
 import types
 import warnings
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.utils._foreach_utils import _device_has_foreach_support, _has_foreach_support
 
+from torchref.internals import are_worth_lists, device_takes_lists
 from torchref.optim._one_launch import GradsInOneLaunch
 from torchref.optim._update import by_device_and_dtype, clip_factor
 
@@ -43,6 +44,8 @@ def clip_grad_norm_(
         The norm before clipping, a tensor of no dimensions in the gradients' type.
 
     Raises:
+        ValueError: ``max_norm`` is negative, or it or ``norm_type`` is NaN.
+        TypeError: ``parameters`` is a module.
         RuntimeError: the norm is not finite under ``error_if_nonfinite``, or ``foreach=True`` on a
             device without such operations.
 
@@ -58,8 +61,12 @@ def clip_grad_norm_(
     Source: Pascanu, Mikolov and Bengio, "On the difficulty of training recurrent neural networks",
     2013.
     """
+    max_norm, norm_type = float(max_norm), float(norm_type)
+    if not max_norm >= 0:
+        raise ValueError(f"clip_grad_norm_: expected `max_norm` >= 0, got {max_norm}")
+    if math.isnan(norm_type):
+        raise ValueError(f"clip_grad_norm_: expected a number `norm_type`, got {norm_type}")
     grads = [x.grad for x in _listed(parameters) if x.grad is not None]
-    norm_type = float(norm_type)
     if not grads:
         return torch.tensor(0.0)
     parts = _parts(grads, norm_type, foreach)
@@ -72,7 +79,7 @@ def clip_grad_norm_(
             "set `error_if_nonfinite=False`"
         )
     for part in parts:
-        part.clip_(norm, float(max_norm))
+        part.clip_(norm, max_norm)
     return norm.to(_norm_dtype(grads))
 
 
@@ -125,11 +132,11 @@ def _norm(parts: list[_Part], norm_type: float) -> Tensor:
 
 def _in_lists(grads: list[Tensor], foreach: bool | None) -> bool:
     device = grads[0].device
-    if foreach and not _device_has_foreach_support(device):
+    if foreach and not device_takes_lists(device):
         raise RuntimeError(
             f"foreach=True was passed, but can't use the foreach API on {device.type} tensors"
         )
-    return _has_foreach_support(grads, device) if foreach is None else foreach
+    return are_worth_lists(grads, device) if foreach is None else foreach
 
 
 def _norm_dtype(grads: list[Tensor]) -> torch.dtype:
@@ -143,6 +150,11 @@ def _norm_dtype(grads: list[Tensor]) -> torch.dtype:
 def _listed(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
     if isinstance(parameters, Tensor):
         return [parameters]
+    if isinstance(parameters, torch.nn.Module):
+        raise TypeError(
+            "clip_grad_norm_: expected tensors as `parameters`, such as model.parameters(), got "
+            f"{type(parameters).__name__}"
+        )
     listed = list(parameters)
     if not listed and isinstance(parameters, types.GeneratorType):
         warnings.warn(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from torchref.internals import hook_step
 from torchref.optim.adam import Adam, AdamW
 from torchref.optim.rmsprop import RMSprop
 from torchref.optim.sgd import SGD
@@ -87,7 +88,7 @@ def _become(
     if replaced is not None and not hasattr(replaced, "_wrapped_by_lr_sched"):
         raise TypeError(f"{name}: something has replaced the optimizer's step: {replaced}")
     optimizer.__class__ = classes[cls]
-    optimizer._patch_step_function()  # as __init__ does: hooks of a class's steps
+    hook_step(optimizer)  # as __init__ does: hooks of a class's steps
     if replaced is not None:
         optimizer.step = _watched(optimizer)
     return optimizer

@@ -116,8 +116,8 @@ class ExponentialMovingAverage:
         """Continue from :meth:`state_dict`'s result, on the averages' own devices.
 
         Raises:
-            ValueError: the shapes are not those of the followed tensors, or the decay is out of
-                range.
+            ValueError: the shapes are not those of the followed tensors, or the decay or the number
+                of updates is out of range. Nothing is loaded then.
         """
         expected = [tuple(v.shape) for v in self.averages]
         given = [tuple(v.shape) for v in state_dict["averages"]]
@@ -126,8 +126,13 @@ class ExponentialMovingAverage:
                 "ExponentialMovingAverage.load_state_dict: expected `averages` of shapes "
                 f"{expected}, got {given}"
             )
-        self.decay = _checked(state_dict["decay"])
-        self.num_updates = state_dict["num_updates"]
+        decay, num_updates = _checked(state_dict["decay"]), state_dict["num_updates"]
+        if not isinstance(num_updates, int) or num_updates < 0:
+            raise ValueError(
+                "ExponentialMovingAverage.load_state_dict: expected an integer `num_updates` >= 0, "
+                f"got {num_updates!r}"
+            )
+        self.decay, self.num_updates = decay, num_updates
         for v, saved in zip(self.averages, state_dict["averages"], strict=True):
             v.copy_(saved)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT, _to_scalar
+from torch.optim.optimizer import ParamsT
 
 from torchref.optim._one_launch import kernel
 from torchref.optim._optimizer import Optimizer
@@ -27,6 +27,7 @@ from torchref.optim._update import (
     on_device,
     runs_foreach,
     store,
+    to_scalar,
     unscaled,
     update_each,
     weight,
@@ -84,6 +85,8 @@ class RMSprop(Optimizer, torch.optim.RMSprop):
 
     _kernel = "rmsprop_step"
     _state_keys = ("square_avg", "momentum_buffer", "grad_avg", "step", "ema", "ema_step")
+    _loaded_options = ("lr", "alpha", "eps", "weight_decay")
+    _loaded_states = ("step", "square_avg")
 
     def __init__(
         self,
@@ -160,7 +163,7 @@ def rmsprop(
     arguments = {
         device: (
             on_device(clip, device),
-            _to_scalar(group["lr"]),
+            to_scalar(group["lr"]),
             group["alpha"],
             group["eps"],
             group["weight_decay"] or None,
@@ -223,7 +226,7 @@ def foreach_rmsprop_update(
     group: dict[str, Any],
 ) -> None:
     """:func:`rmsprop_update` on lists of tensors of one device and type."""
-    lr, alpha = _to_scalar(group["lr"]), group["alpha"]
+    lr, alpha = to_scalar(group["lr"]), group["alpha"]
     if clip is not None:
         grads = list(torch._foreach_mul(grads, clip.to(grads[0].device)))
     if group["maximize"]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT, _to_scalar
+from torch.optim.optimizer import ParamsT
 
 from torchref.optim._one_launch import kernel
 from torchref.optim._optimizer import Optimizer
@@ -23,6 +23,7 @@ from torchref.optim._update import (
     on_device,
     runs_foreach,
     store,
+    to_scalar,
     unscaled,
     update_each,
     workspace,
@@ -131,6 +132,12 @@ class SGD(Optimizer, torch.optim.SGD):
 
     _kernel = "sgd_step"
     _state_keys = ("momentum_buffer", "ema", "ema_step")
+    _loaded_options = ("lr", "momentum", "dampening", "weight_decay")
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        super()._check_options(options)
+        if options.get("nesterov") and (options["momentum"] == 0 or options["dampening"] != 0):
+            raise ValueError("Nesterov momentum requires a momentum and zero dampening")  # torch's
 
     def _rows(self, group: dict[str, Any]) -> list[Row]:
         """A buffer that is None starts here, at its first gradient, undampened, as torch's does."""
@@ -267,7 +274,7 @@ def foreach_sgd_update(
 def _hyperparameters(group: dict[str, Any], start: bool) -> tuple[Any, ...]:
     """Learning rate, momentum, gain, weight decay and where the learning rate enters."""
     return (
-        _to_scalar(group["lr"]),
+        to_scalar(group["lr"]),
         group["momentum"],
         1.0 if start else 1.0 - group["dampening"],
         None if group["weight_decay"] == 0 else group["weight_decay"],

@@ -247,6 +247,9 @@ def _targets(y: Tensor, classes: int | None, dtype: torch.dtype) -> Tensor:
             "mixup: expected `classes` with class numbers `y` of shape (N,), or floating point "
             f"`y`, got classes={classes} and {tuple(y.shape)} of {y.dtype}"
         )
+    outside = y[(y < 0) | (y >= classes)]
+    if len(outside):
+        raise ValueError(f"mixup: expected `y` in [0, {classes}), got {outside[0].item()}")
     return one_hot(y.long(), classes).to(dtype)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torchref.data.augment.image import draw_beta
+from torchref.data.split import check_seed
 
 OPTIONS = {
     "noise": "deviation of the Gaussian noise on a number, in deviations of its column",
@@ -195,8 +196,8 @@ def smote(x: Tensor, y: Tensor, *, neighbors: int = 5, seed: int = 0) -> tuple[T
         All given rows in their order, then the new ones; the types are those given.
 
     Raises:
-        ValueError: a shape or type is another, there is one class alone, or a class to be filled up
-            has no more than ``neighbors`` samples.
+        ValueError: a shape or type is another, there is one class alone, a class to be filled up
+            has no more than ``neighbors`` samples, or ``seed`` is out of its range.
         ImportError: imbalanced-learn is missing.
 
     Example:
@@ -215,6 +216,7 @@ def smote(x: Tensor, y: Tensor, *, neighbors: int = 5, seed: int = 0) -> tuple[T
             f"smote: {error.name} is missing: pip install 'torchref-triton[train]'"
         ) from error
     _check_smote(x, y, neighbors)
+    check_seed("smote", seed)
     wide = x.detach().cpu().to(torch.promote_types(x.dtype, torch.float32))  # NumPy lacks bfloat16
     resampler = SMOTE(k_neighbors=neighbors, random_state=seed)
     rows, labels = resampler.fit_resample(wide.numpy(), y.cpu().long().numpy())[:2]

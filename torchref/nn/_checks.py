@@ -1,0 +1,28 @@
+"""What several functions ask of their arguments, and the words where they do not get it."""
+
+from typing import Any
+
+from torch import Tensor
+
+
+def require_tensor(name: str, argument: str, x: Any) -> None:
+    # torch.fx's proxies, and whatever else speaks torch's protocol, get as far as the next check
+    if not (isinstance(x, Tensor) or hasattr(x, "__torch_function__")):
+        raise TypeError(f"{name}: expected a tensor `{argument}`, got {type(x).__name__}")
+
+
+def require_floating(name: str, input: Any) -> None:
+    require_tensor(name, "input", input)
+    if not input.is_floating_point():
+        raise NotImplementedError(f"{name}: expected a floating point `input`, got {input.dtype}")
+
+
+def require_number(name: str, argument: str, x: Any) -> None:
+    # NumPy's numbers and tensors of one element have the method, too; words and lists do not
+    if not (isinstance(x, int | float) or hasattr(x, "__float__")):
+        raise TypeError(f"{name}: expected a number `{argument}`, got {x!r}")
+
+
+def require_integer(name: str, argument: str, x: Any) -> None:
+    if not (isinstance(x, int) or hasattr(x, "__index__")):
+        raise TypeError(f"{name}: expected an integer `{argument}`, got {x!r}")

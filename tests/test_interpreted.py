@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -48,6 +49,16 @@ def test_through_the_kernels(path):
 
 def test_optimizers_through_the_kernels():
     run("tests/optim", "-k", " or ".join(OPTIMIZERS))
+
+
+@pytest.mark.parametrize("marker", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_fuzz_through_the_kernels(marker, tmp_path, record_testsuite_property):
+    report = tmp_path / "junit.xml"
+    run("tests/test_fuzz.py", "-m", marker, f"--junitxml={report}")
+    properties = [p.attrib for p in ElementTree.parse(report).iter("property")]
+    tried = sum(int(p["value"]) for p in properties if p["name"] == "fuzz cases")
+    assert tried > 0
+    record_testsuite_property("fuzz cases", tried)
 
 
 def run(*arguments: str) -> None:

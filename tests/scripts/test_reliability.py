@@ -1,0 +1,104 @@
+"""The table of faults tried: what it counts, and that the page has what the script printed."""
+
+from collections import Counter
+
+import pytest
+import reliability
+from reliability import AREAS, ROOT, Found
+
+XML = """\
+<testsuites><testsuite>
+  <properties>
+    <property name="kill points survived" value="50"/>
+    <property name="kill points survived with two processes" value="10"/>
+    <property name="another" value="7"/>
+  </properties>
+  <testcase classname="a" name="passes"/>
+  <testcase classname="a" name="fails"><failure message="x"/></testcase>
+  <testcase classname="a" name="breaks"><error message="x"/></testcase>
+  <testcase classname="a" name="skips"><skipped type="pytest.skip"/></testcase>
+  <testcase classname="a" name="known"><skipped type="pytest.xfail"/></testcase>
+</testsuite></testsuites>
+"""
+
+
+def test_a_report_is_counted():
+    found = reliability.read(XML, 12.3)
+    assert found.tests == {"passed": 1, "failed": 2, "skipped": 1, "known": 1}
+    assert found.failures == ["a.fails", "a.breaks"]
+    row = reliability.table({"kills": found}, "the command").splitlines()[2]
+    assert row.endswith("| 60 kill points | 2 | 1 | 12 |")
+    row = reliability.table({"leaks": found}, "the command").splitlines()[2]
+    assert row.endswith("| 4 tests | 2 | 1 | 12 |")  # what was skipped was not tried
+
+
+def test_the_files_are_there():
+    for area in AREAS.values():
+        for file in area.files:
+            assert (ROOT / file.split("::")[0]).exists()
+
+
+@pytest.fixture
+def pretended(monkeypatch, tmp_path):
+    """Areas that pass or fail without a test, and a page in a folder of its own."""
+
+    def run(area, quick):
+        failures = ["a.fails"] if area is AREAS[failing] else []
+        return Found(Counter(passed=3), Counter(), failures, 1.0)
+
+    failing = "leaks"
+    page = tmp_path / "reliability.md"
+    page.write_text("before\n" + reliability.BEGIN + "old\n" + reliability.END + "after\n")
+    monkeypatch.setattr(reliability, "run", run)
+    monkeypatch.setattr(reliability, "PAGE", page)
+    return page
+
+
+def test_a_failure_is_named_and_the_status_is_1(pretended, capsys):
+    assert reliability.main(["--only", "leaks", "--only", "fuzz"]) == 1
+    out, err = capsys.readouterr()
+    assert out.count("\n| ") == 2
+    assert err == "leaks: failed: a.fails\n"
+    assert reliability.main(["--only", "fuzz"]) == 0
+    assert "old" in pretended.read_text()
+
+
+def test_the_page_gets_what_is_printed(pretended, capsys):
+    reliability.main(["--write", "--quick"])
+    page = pretended.read_text()
+    assert capsys.readouterr().out.strip() in page
+    assert "`python scripts/reliability.py --quick`" in page
+    assert page.startswith("before\n")
+    assert page.endswith("after\n")
+    assert "old" not in page
+    reliability.main(["--write"])
+    assert pretended.read_text().count("| what was tried |") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "luck"], "reliability.py: argument --only: invalid choice: 'luck'"),
+        (["--write", "--only", "fuzz"], "reliability.py: --write takes the whole table"),
+    ],
+)
+def test_wrong_flags(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        reliability.main(arguments)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith(message)
+
+
+def test_a_suite_that_cannot_run_is_a_failure(monkeypatch):
+    area = AREAS["leaks"]._replace(files=("tests/no_such_file.py",))
+    found = reliability.run(area, quick=True)
+    assert len(found.failures) == 1
+
+
+def test_the_page_is_the_whole_table_of_a_run_without_failures():
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    printed = page.split(reliability.BEGIN)[1].split(reliability.END)[0]
+    rows = [line.split(" | ") for line in printed.splitlines() if line.startswith("| ")][1:]
+    assert [row[0].removeprefix("| ") for row in rows] == [area.title for area in AREAS.values()]
+    assert {row[2] for row in rows} == {"0"}
+    assert "`python scripts/reliability.py`," in printed

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import yaml
 from torch import Tensor
 
 from torchref.data import read_features, read_texts
@@ -84,6 +85,8 @@ def train(parser: OneLineParser, argv: list[str]) -> None:
             saved = Path("runs") / to_config(args).folder / "config.yaml"
             if not saved.exists():
                 raise FileNotFoundError(f"resume: no run in {saved.parent}")
+            if not isinstance(yaml.safe_load(saved.read_text()), dict):
+                raise ValueError(f"resume: {saved} is damaged")
             args = parser.parse_args(["--config", str(saved), *argv])
         run = Run(to_config(args), resume=args.resume)
     except USER_ERRORS as error:

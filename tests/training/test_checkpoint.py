@@ -10,7 +10,15 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from torchref.training import AtomicCheckpointIO, Config, LastCheckpoint, Run, read_checkpoint
+from torchref.training import (
+    AtomicCheckpointIO,
+    Classifier,
+    Config,
+    DataModule,
+    LastCheckpoint,
+    Run,
+    read_checkpoint,
+)
 from torchref.training import checkpoint as writing
 from torchref.training.checkpoint import previous, write_text
 
@@ -61,15 +69,24 @@ def test_every_changed_byte_is_noticed(path):
             AtomicCheckpointIO().load_checkpoint(path)
 
 
-@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99])
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
 def test_a_truncated_file_is_noticed(path, share):
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(ValueError, match=r"last.ckpt is damaged"):
+    with pytest.raises(ValueError, match=r"last.ckpt is damaged: it ends too early"):
         read_checkpoint(path)
+    with pytest.raises(ValueError, match=r"last.ckpt is damaged: it ends too early"):
+        AtomicCheckpointIO().load_checkpoint(path, weights_only=True)
 
 
 def test_what_is_no_checkpoint_is_refused(path):
+    for content in (b"", b"text"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"last.ckpt is damaged: it is no checkpoint"):
+            read_checkpoint(path)
+    AtomicCheckpointIO().save_checkpoint({"run": Config()}, path)
+    with pytest.raises(ValueError, match=r"last.ckpt holds other than names and tensors"):
+        read_checkpoint(path)
     torch.save([1, 2], path)
     with pytest.raises(ValueError, match=r"last.ckpt is damaged: it is no checkpoint"):
         read_checkpoint(path)
@@ -117,6 +134,28 @@ def test_an_error_leaves_what_was_there(path, monkeypatch, call):
     monkeypatch.undo()
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir() if file.name.endswith(".new")] == []
+
+
+def test_an_interrupt_leaves_nothing_behind(path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(writing.os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        AtomicCheckpointIO().save_checkpoint(SAVED, path)
+    assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_the_checkpoint_that_training_came_from_stays(path):
+    """The one in its way is the damaged one."""
+    AtomicCheckpointIO().save_checkpoint(SAVED | {"epoch": 4}, path)
+    path.write_bytes(b"damaged")
+    plugin = AtomicCheckpointIO()
+    assert plugin.load_checkpoint(previous(path), weights_only=True)["epoch"] == 3
+    plugin.save_checkpoint(SAVED | {"epoch": 5}, path)
+    assert read_checkpoint(previous(path))["epoch"] == 3
+    plugin.save_checkpoint(SAVED | {"epoch": 6}, path)
+    assert read_checkpoint(previous(path))["epoch"] == 5
 
 
 @pytest.fixture
@@ -202,3 +241,33 @@ def test_the_last_checkpoint_is_written_every_so_many_batches(tmp_path, monkeypa
     config = replace(IRIS, batch_size=16, save_every=2)  # 7 batches, so the ends are not among them
     Run(config, root=tmp_path, progress=False).execute()
     assert len(saved) == 2 * (3 + 1) + 1  # 2, 4, 6 and the end of each epoch, and the best
+
+
+@pytest.mark.parametrize(
+    ("options", "at"),
+    [
+        ({}, [2, 4, 6, 8, 10]),
+        ({"val_check_interval": 4}, [2, 6, 10]),
+        ({"accumulate_grad_batches": 3}, [6]),
+    ],
+    ids=["plain", "validation", "accumulation"],
+)
+def test_no_checkpoint_where_lightning_could_not_go_on(tmp_path, monkeypatch, options, at):
+    saved = []
+    monkeypatch.setattr(
+        Trainer,
+        "save_checkpoint",
+        lambda trainer, *_, **__: saved.append(trainer.fit_loop.batch_idx + 1),
+    )
+    data = DataModule(torch.randn(160, 4), torch.arange(160) % 2, batch_size=10)
+    trainer = Trainer(
+        max_epochs=1,
+        callbacks=[LastCheckpoint(tmp_path, every=2)],
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+    trainer.fit(Classifier(torch.nn.Linear(4, 2), classes=2), data)
+    assert saved[:-1] == at

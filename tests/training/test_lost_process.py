@@ -351,8 +351,13 @@ def test_the_script_says_so_and_goes_on_with_one_process(launcher, victim, numbe
 @contextmanager
 def started_in(folder, command):
     """A process of which nothing is left, whatever happens."""
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, cwd=folder, start_new_session=True, **pipes)
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
     try:
         yield process
     finally:

@@ -1,16 +1,22 @@
 import copy
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
+from torchref.nn.functional import cross_entropy
 from torchref.training import Classifier, MLPClassifier
 
 pytestmark = [
     # `self.log` outside a Trainer, where these tests call the steps by hand
     pytest.mark.filterwarnings("ignore:You are trying to `self.log"),
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec"),  # Lightning on torch's newer pytree
 ]
 
 
@@ -138,3 +144,40 @@ def test_without_lightning_the_error_names_the_extra():
 def test_importing_torchref_does_not_import_lightning():
     code = "import sys, torchref; assert 'lightning' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-true"])
+def test_the_train_loss_is_the_mean_over_samples(precision):
+    """Of batches of 8 and 1, whose weights do not move; rounded as often as there are batches."""
+    torch.manual_seed(0)
+    x, y = torch.randn(9, 4), torch.arange(9) % 2
+    net = torch.nn.Linear(4, 2)
+    optimizer = partial(torch.optim.SGD, lr=0.0)
+    classifier = Classifier(net, classes=2, optimizer=optimizer)
+    trainer = Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        precision=precision,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    loader = DataLoader(TensorDataset(x, y), 8)
+    trainer.fit(classifier, loader, loader)
+    found = trainer.callback_metrics["train_loss"]
+    dtype = next(net.parameters()).dtype
+    losses = [
+        cross_entropy(net(x[part].to(dtype)), y[part]).detach() for part in (slice(8), slice(8, 9))
+    ]
+    expected = (8 * losses[0].double() + losses[1].double()) / 9
+    assert found.dtype == (torch.float64 if precision == "64-true" else torch.float32)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+
+
+def test_a_nan_in_the_train_loss_is_not_left_out():
+    loss = model().train_loss
+    loss.update(torch.tensor(1.0), 3)
+    loss.update(torch.tensor(torch.nan), 1)
+    assert loss.compute().isnan()

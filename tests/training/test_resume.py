@@ -234,6 +234,22 @@ def test_a_stopped_run_that_was_killed_stops_again(processes, tmp_path_factory):
     assert_same(roots[1], roots[0])
 
 
+def test_float64_goes_on_as_float64(processes, tmp_path_factory):
+    config = replace(CONFIG, precision="64", augment=None, parity=False, epochs=2)
+    roots = [tmp_path_factory.mktemp(name) for name in ("whole", "killed")]
+    assert processes(part_of_a_run, roots[0], config, None) == 0
+    assert go_on(processes, roots[1], config, "on_train_batch_end", 14) == ENDED
+    assert go_on(processes, roots[1], config) == 0
+    assert_same(roots[1], roots[0])
+
+
+def test_a_parity_check_may_begin_at_the_resume(processes, tmp_path):
+    alone = replace(CONFIG, parity=False)
+    assert go_on(processes, tmp_path, alone, "on_train_batch_end", 14) == ENDED
+    assert go_on(processes, tmp_path, CONFIG) == 0
+    assert metrics(tmp_path)["parity_max_loss_diff"] < 1e-5
+
+
 # Samples that workers load and change at random, and two processes.
 
 
@@ -425,7 +441,11 @@ def test_another_number_of_processes_begins_with_the_first_s_generators():
         ExactResume().on_save_checkpoint(trainer, module, checkpoint)
         states += checkpoint["ExactResume"]
     module.mean.reset()
-    ExactResume().on_load_checkpoint(trainer, module, {"ExactResume": states})
+    counts = {"ready": 3, "completed": 2}
+    loops = {"state_dict": {}, "epoch_loop.batch_progress": {"current": counts}}
+    checkpoint = {"ExactResume": states, "loops": {"fit_loop": loops}}
+    ExactResume().on_load_checkpoint(trainer, module, checkpoint)
+    assert counts == {"ready": 0, "completed": -1}
     drawn = torch.rand(1)
     torch.manual_seed(1)
     assert drawn == torch.rand(1)

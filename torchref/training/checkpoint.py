@@ -2,12 +2,12 @@
 
 import contextlib
 import hashlib
-import io
 import os
 import shutil
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -40,23 +40,27 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         >>> trainer = Trainer(plugins=[AtomicCheckpointIO()], logger=False, accelerator="cpu")
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._loaded: Path | None = None
+
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        archive = buffer.getbuffer()[:-2]  # the length of the comment, 0, comes last
-        comment = MARK + hashlib.sha256(archive).hexdigest().encode()
-        end = len(comment).to_bytes(2, "little") + comment
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_file(Path(path), archive, end, keep=previous(Path(path)))
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # the one that the training came from stays: what it would give way to may be damaged
+        keep = None if self._loaded == previous(path) else previous(path)
+        write_file(path, lambda file: _save(checkpoint, file), keep)
+        self._loaded = None
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if "://" not in str(path) and os.path.isfile(path):
             _check_sum(Path(path))
+            self._loaded = Path(path)
         return super().load_checkpoint(path, *args, **kwargs)
 
 
@@ -68,14 +72,17 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         ValueError: it is damaged, or holds other than tensors, numbers, text and their containers.
     """
     path = Path(path)
-    _check_sum(path)
+    is_whole = _check_sum(path)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
     except Exception:  # a damaged file may raise anything
         found = None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is damaged: it is no checkpoint")
-    return found
+    if isinstance(found, dict):
+        return found
+    why = "holds other than names and tensors" if is_whole else "is damaged: it is no checkpoint"
+    raise ValueError(f"{path} {why}")
 
 
 def previous(path: Path) -> Path:
@@ -85,6 +92,8 @@ def previous(path: Path) -> Path:
 
 class LastCheckpoint(ModelCheckpoint):
     """Write ``last.ckpt`` at the end of each epoch, and after every so many batches.
+
+    Not after a batch that a validation follows, or whose gradients wait for others.
 
     Args:
         folder: where.
@@ -108,25 +117,34 @@ class LastCheckpoint(ModelCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        # After the last batch Lightning would resume behind the validation that follows.
         done = batch_idx + 1
-        if self.every and done % self.every == 0 and done < trainer.num_training_batches:
+        if not self.every or done % self.every != 0 or done >= trainer.num_training_batches:
+            return
+        # Lightning would resume behind the validation that follows, and without gradients that
+        # have not led to a step.
+        check = trainer.val_check_batch
+        if (check is None or done % check != 0) and done % trainer.accumulate_grad_batches == 0:
             trainer.save_checkpoint(self.path)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}  # a folder may have another name by the time it is resumed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file, which is the old one or the new one at any time."""
-    write_file(path, text.encode())
+    write_file(path, lambda file: file.write(text.encode()))
 
 
-def write_file(path: Path, *parts: bytes | memoryview, keep: Path | None = None) -> None:
-    """Replace a file by the parts in a row; the old one becomes ``keep``."""
+def write_file(path: Path, write: Callable[[IO[bytes]], object], keep: Path | None = None) -> None:
+    """Replace a file by what ``write`` writes; the old one becomes ``keep``."""
     new = _beside(path)
     temporary = [new]
     try:
-        with open(new, "wb") as file:
-            for part in parts:
-                file.write(part)
+        with open(new, "w+b") as file:
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         if keep is not None and path.exists():
@@ -135,11 +153,26 @@ def write_file(path: Path, *parts: bytes | memoryview, keep: Path | None = None)
             os.replace(_beside(keep), keep)
         os.replace(new, path)
         _flush_folder(path.parent)
-    except OSError as error:
+    except BaseException as error:
         for file in temporary:
             with contextlib.suppress(OSError):
                 file.unlink()
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
+
+
+def _save(checkpoint: dict[str, Any], file: IO[bytes]) -> None:
+    try:
+        torch.save(checkpoint, file)
+    except RuntimeError as error:  # of torch's, about what went wrong with the file
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+    size = file.tell() - 2  # the length of the archive's comment, 0, comes last
+    comment = MARK + _sum(file, size).encode()
+    file.seek(size)
+    file.write(len(comment).to_bytes(2, "little") + comment)
 
 
 def _beside(path: Path) -> Path:
@@ -165,23 +198,27 @@ def _flush_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _check_sum(path: Path) -> None:
+def _check_sum(path: Path) -> bool:
+    """Whether there is a sum, which then is right."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size - SUM_SIZE - 2
-        if size < 0:
-            return
-        file.seek(size + 2)
-        comment = file.read()
-        if not comment.startswith(MARK):
-            return
+        if size >= 0:
+            file.seek(size + 2)
+            comment = file.read()
+            if comment.startswith(MARK):
+                if comment != MARK + _sum(file, size).encode():
+                    raise ValueError(f"{path} is damaged: its checksum does not match")
+                return True
         file.seek(0)
-        found = hashlib.sha256()
-        for chunk in _chunks(file, size):
-            found.update(chunk)
-    if comment != MARK + found.hexdigest().encode():
-        raise ValueError(f"{path} is damaged: its checksum does not match")
+        if file.read(2) == b"PK" and not zipfile.is_zipfile(file):
+            raise ValueError(f"{path} is damaged: it ends too early")
+    return False
 
 
-def _chunks(file: io.BufferedReader, size: int) -> Iterator[bytes]:
+def _sum(file: IO[bytes], size: int) -> str:
+    """SHA-256 of the first bytes of a file."""
+    file.seek(0)
+    found = hashlib.sha256()
     for start in range(0, size, CHUNK):
-        yield file.read(min(CHUNK, size - start))
+        found.update(file.read(min(CHUNK, size - start)))
+    return found.hexdigest()

@@ -167,6 +167,8 @@ class EarlyStopping(callbacks.EarlyStopping):
         waits = self.stopping_reason is EarlyStoppingReason.PATIENCE_EXHAUSTED
         if waits and self.wait_count < patience:
             self.stopping_reason = EarlyStoppingReason.NOT_STOPPED
+            self.stopping_reason_message = None
+            self.stopped_epoch = 0
         self._became = state_dict.get("became", "")
         self.best_epoch = state_dict["best_epoch"]
         self.best_state = state_dict["best_state"]

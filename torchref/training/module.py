@@ -9,8 +9,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics import (
     MeanAbsoluteError,
-    MeanMetric,
     MeanSquaredError,
+    Metric,
     MetricCollection,
     R2Score,
 )
@@ -84,9 +84,7 @@ class Supervised(LightningModule):
         self.l1, self.l2 = l1, l2
         self.history = []
         self._compiled: tuple[Callable[[Tensor], Tensor], ...] = ()
-        # A metric, and not Lightning's mean of what is logged: its state can be saved and restored
-        # in the middle of an epoch. A NaN stays one.
-        self.train_loss = MeanMetric(nan_strategy="disable")
+        self.train_loss = _MeanLoss()
         self.train_score = scores[self.score].clone()
         self.val_scores = scores.clone(prefix="val_")
         self.test_scores = scores.clone(prefix="test_")
@@ -120,7 +118,7 @@ class Supervised(LightningModule):
         loss, output = self.cost(*batch)
         self._update(self.train_score, output, batch[1])
         options = {"on_step": False, "on_epoch": True, "batch_size": len(batch[1])}
-        self.train_loss.update(loss.detach(), len(batch[1]))
+        self.train_loss.update(loss, len(batch[1]))
         self.log("train_loss", self.train_loss, **options)
         self.log(f"train_{self.score}", self.train_score, **options)
         return loss + self.penalty()
@@ -300,6 +298,32 @@ class Regressor(Supervised):
     def predict(self, x: Any) -> Tensor:
         """The value of each sample, (samples,), in evaluation mode."""
         return self._in_units(self._evaluate(x))
+
+
+class _MeanLoss(Metric):
+    """The mean over samples: a NaN stays one, and in the middle of an epoch it can be saved.
+
+    Of torchmetrics' own the one that keeps a NaN forgets the weights, and Lightning's mean of what
+    is logged has no state that a checkpoint could hold.
+    """
+
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("total", "count"):
+            self.add_state(name, torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def update(self, loss: Tensor, count: int) -> None:
+        loss = opmath(loss.detach())
+        # Lightning may have made the sums half, too
+        self.total = self.total.to(loss.dtype) + loss * count
+        self.count = self.count.to(loss.dtype) + count
+
+    def compute(self) -> Tensor:
+        return self.total / self.count
 
 
 class _R2(R2Score):

@@ -68,6 +68,8 @@ class Parity(Callback):
             self.twin.load_state_dict(self._resumed["twin"])
             self.optimizer.load_state_dict(self._resumed["optimizer"])
             self._resumed = {}
+        elif trainer.global_step > 0:  # from a checkpoint without a twin
+            self._sync(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int

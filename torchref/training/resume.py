@@ -31,13 +31,20 @@ class ExactResume(Callback):
     generators and empty metrics.
 
     Not covered: the mean over an epoch that Lightning takes of a plain tensor logged with
-    ``on_epoch=True`` has the batches since the resume alone (log a :class:`torchmetrics.MeanMetric`
-    instead), gradients half accumulated, and the generators that a data set has to itself.
+    ``on_epoch=True`` has the batches since the resume alone (log a metric of torchmetrics instead);
+    metrics that count beyond their epoch, and what a metric keeps besides its states; gradients
+    half accumulated; ``ReduceLROnPlateau`` by epochs, which Lightning steps after the checkpoint
+    of the epoch's end; and the generators that a data set has to itself.
 
     Example:
         >>> from lightning.pytorch import Trainer
         >>> trainer = Trainer(callbacks=[ExactResume()], logger=False, accelerator="cpu")
     """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.precision == "64-true":
+            # Lightning would make float64 of the weights after it has filled them
+            trainer.precision_plugin.convert_module(pl_module)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -62,7 +69,7 @@ class ExactResume(Callback):
         _set_generators(state["generators"])
         if same:
             _set_metrics(pl_module, state["metrics"])
-        elif "loops" in checkpoint:
+        else:
             _begin_epoch_anew(checkpoint["loops"]["fit_loop"])
 
 
@@ -72,7 +79,8 @@ class ResumableDataLoader(DataLoader):
     The order of the samples is a function of ``seed`` and the epoch, and so are the seeds of the
     workers. Its state counts the batches handed out; Lightning saves and loads it. After a resume
     the batches that were done are not loaded without workers; with workers they are, and dropped,
-    so that the workers' random generators are where they were.
+    so that the workers' random generators are where they were. For training: Lightning replaces
+    the sampler of a loader that it predicts with, and under ``overfit_batches``, and is refused.
 
     Args:
         dataset: with a length.

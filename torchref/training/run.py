@@ -1,5 +1,6 @@
 """One training run, from its configuration to the files it leaves."""
 
+import contextlib
 import errno
 import json
 import logging
@@ -8,7 +9,6 @@ import os
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -330,7 +330,7 @@ class Run:
         self._write(metrics)
         return metrics
 
-    @contextmanager
+    @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         """Keep other runs out of the folder."""
         if not self.trainer.is_global_zero:
@@ -346,7 +346,8 @@ class Run:
         try:
             yield
         finally:
-            (self.path / ".lock").unlink(missing_ok=True)  # while it is held: nobody waits for it
+            with contextlib.suppress(OSError):  # Windows unlinks no open file
+                (self.path / ".lock").unlink()  # while it is held: nobody waits for it
             lock.release()
 
     def _test(self) -> dict[str, Any]:
@@ -371,11 +372,11 @@ class Run:
 
     @rank_zero_only
     def _write(self, metrics: dict[str, Any]) -> None:
-        self._write_metrics(metrics)
         if self.config.augment_picture:
             self._draw_augmented()
         picture = self.path / "learning_curves.png"
         plot_learning_curves(self.history.rows, picture, metrics["best_epoch"])
+        self._write_metrics(metrics)  # last: with it the run is finished
 
     def _write_metrics(self, metrics: dict[str, Any]) -> None:
         text = json.dumps(metrics, indent=2, allow_nan=False)
@@ -484,5 +485,6 @@ def quiet() -> None:
         "Experiment logs directory .* exists and is not empty",  # History logs it again
         "Checkpoint directory .* exists and is not empty",
         ".*LeafSpec",  # Lightning 2.6 on torch's newer pytree
+        "Be aware that when using `ckpt_path`",  # a resumed run may leave out its parity check
     ):
         warnings.filterwarnings("ignore", message=message)

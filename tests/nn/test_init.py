@@ -114,6 +114,16 @@ def test_initialize_matches_the_activation_that_follows():
     assert torch.equal(model[1].weight, torch.ones(400))
 
 
+def test_xavier_bounds_are_torchs_to_the_last_bit():
+    """gain * sqrt(6 / n) and sqrt(3) * gain * sqrt(2 / n) are not the same number."""
+    for size in range(1, 40):
+        filled = []
+        for library in (init, torch.nn.init):
+            torch.manual_seed(0)
+            filled.append(library.xavier_uniform_(torch.empty(1, size, dtype=torch.float64)))
+        assert torch.equal(*filled)
+
+
 def test_initialize_sees_through_parametrizations():
     layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(300, 200))
     init.initialize(torch.nn.Sequential(layer, torch.nn.ReLU()))

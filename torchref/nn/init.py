@@ -125,7 +125,8 @@ def xavier_uniform_(
     Source: Glorot and Bengio, "Understanding the difficulty of training deep feedforward neural
     networks", 2010.
     """
-    bound = gain * math.sqrt(6.0 / sum(_fans("xavier_uniform_", tensor)))
+    std = gain * math.sqrt(2.0 / sum(_fans("xavier_uniform_", tensor)))
+    bound = math.sqrt(3.0) * std  # in this order, as torch's bits are
     return uniform_(tensor, -bound, bound, generator)
 
 

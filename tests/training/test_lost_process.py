@@ -1,10 +1,6 @@
 """A process that is killed or hangs ends the others, and what is left goes on, bit for bit."""
 
-import csv
-import json
-import multiprocessing
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -14,13 +10,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
+from killing import (
+    KILLED,
+    Trouble,
+    Witness,
+    assert_same,
+    batches,
+    drawn,
+    fork_server,
+    generator,
+    metrics,
+)
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from torchref.training import Config, Run, read_checkpoint
-from torchref.training import checkpoint as writing
 from torchref.training.lost_process import EndTogether
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
@@ -42,48 +47,8 @@ CONFIG = Config(
 )
 SAMPLES = 1257  # of the training part
 BATCHES = 10
-HOOKS = ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end")
-RARE_HOOKS = ("on_validation_batch_start", "on_train_epoch_end", "on_test_batch_start")
-SYSTEM_CALLS = ("fsync", "link", "replace")  # of the first process, which writes
-KILLED = -signal.SIGKILL
 FAILED, LOST = 3, 4  # exit codes: an error of its own, another process's end
 LIMIT = 60  # seconds; without a timeout the others would wait for 1800
-
-
-class Witness(Callback):
-    """Writes down each batch of training as it is after augmentation."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        numbers = [x.double().sum().item() for x in batch]
-        with open(self.path, "a") as file:
-            file.write(f"{trainer.current_epoch} {batch_idx} {len(batch[1])} {numbers}\n")
-
-
-class Trouble(Callback):
-    """A signal, or without one an error, when a hook or a system call comes for the n-th time."""
-
-    def __init__(self, place, count, number=signal.SIGKILL):
-        self.left, self.number = count, number
-        if place in SYSTEM_CALLS:
-            call = getattr(os, place)
-
-            def counted(*args, **kwargs):
-                self.count()
-                return call(*args, **kwargs)
-
-            setattr(writing.os, place, counted)
-        else:
-            setattr(self, place, lambda *args, **kwargs: self.count())
-
-    def count(self):
-        self.left -= 1
-        if self.left == 0:
-            if self.number is None:
-                raise RuntimeError("its own")
-            os.kill(os.getpid(), self.number)
 
 
 def part_of_a_run(rank, port, root, config, resume, victim=None, *trouble):
@@ -94,7 +59,7 @@ def part_of_a_run(rank, port, root, config, resume, victim=None, *trouble):
         place |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
         place |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
         os.environ.update({name: str(value) for name, value in place.items()})
-    callbacks = [Witness(root / f"batches-{rank}.txt")]
+    callbacks = [Witness(root, rank)]
     callbacks += [Trouble(*trouble)] if rank == victim else []
     code = 0
     try:
@@ -108,9 +73,7 @@ def part_of_a_run(rank, port, root, config, resume, victim=None, *trouble):
 
 @pytest.fixture(scope="module")
 def processes():
-    """Starts processes that have imported everything and done nothing."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torchref.training", "sklearn.datasets", "kornia"])
+    context = fork_server()
 
     def call(root, config, *trouble):
         """The exit codes, of a new run or of one that goes on; None of one that has not ended."""
@@ -148,50 +111,6 @@ def whole(processes, tmp_path_factory):
     return root
 
 
-def assert_same(root, whole):
-    """Weights, optimizer, metrics, files and batches are those of the whole run."""
-    for name in ("best.ckpt", "last.ckpt"):
-        found, expected = (read_checkpoint(r / "run" / name) for r in (root, whole))
-        for key in ("state_dict", "optimizer_states", "epoch", "global_step", "ExactResume"):
-            assert same(found.get(key), expected.get(key)), (name, key)
-        callbacks = {k: v for k, v in expected.get("callbacks", {}).items() if "Last" not in k}
-        for key, value in callbacks.items():
-            assert same(found["callbacks"][key], value), (name, key)
-    assert metrics(root) == metrics(whole)
-    assert table(root) == table(whole)
-    for rank in range(2):
-        assert set(batches(root, rank)) == set(batches(whole, rank))
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        flat = [x.contiguous().reshape(-1).view(torch.uint8) for x in (a, b)]
-        return (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(*flat)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b or (a != a and b != b)
-
-
-def metrics(root):
-    found = json.loads((root / "run" / "metrics.json").read_text())
-    return {key: value for key, value in found.items() if key != "seconds"}
-
-
-def table(root):
-    """By step, for a resumed run logs what it knows of an epoch in one row."""
-    found = {}
-    with open(root / "run" / "metrics.csv", newline="") as file:
-        for row in csv.DictReader(file):
-            found.setdefault(row["step"], {}).update({k: v for k, v in row.items() if v})
-    return found
-
-
-def batches(root, rank):
-    return (root / f"batches-{rank}.txt").read_text().splitlines()
-
-
 def codes_of(victim, code):
     return [code if rank == victim else LOST for rank in range(2)]
 
@@ -209,29 +128,23 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on(kills, processes, w
     for kill in kills:
         assert processes(tmp_path, CONFIG, *kill) == codes_of(kill[0], KILLED)
     assert processes(tmp_path, CONFIG) == [0, 0]
-    assert_same(tmp_path, whole)
+    assert_same(tmp_path, whole, ranks=2)
 
 
 @pytest.mark.slow
 def test_ten_random_kill_points(processes, whole, tmp_path_factory, record_testsuite_property):
-    survived, seed = 0, int(os.environ.get("TORCHREF_SEED", random.randrange(10**6)))
-    draw = random.Random(seed)
-    print(f"TORCHREF_SEED={seed}")
+    survived, draw = 0, generator()
     while survived < 10:
         root = tmp_path_factory.mktemp("killed")
-        killed = 0
         while True:
-            victim, rare = draw.randrange(2), draw.random() < 0.2
-            common = HOOKS if victim else HOOKS + SYSTEM_CALLS
-            place = draw.choice(RARE_HOOKS if rare else common)
-            count = draw.randint(1, 2 if rare else 2 * BATCHES)
+            victim = draw.randrange(2)
+            place, count = drawn(draw, BATCHES, writes=victim == 0)
             codes = processes(root, CONFIG, victim, place, count)
-            killed += codes[victim] == KILLED
+            survived += codes[victim] == KILLED
             if codes[0] == 0:  # it came to its end before, or did without the other
                 break
             assert codes == codes_of(victim, KILLED), (victim, place, count)
-        assert_same(root, whole)
-        survived += killed
+        assert_same(root, whole, ranks=2)
     record_testsuite_property("kill points survived with two processes", survived)
 
 
@@ -288,7 +201,7 @@ def beside_a_failed_one():
 
 
 def test_lightning_kills_none_that_can_tell():
-    process = multiprocessing.get_context("forkserver").Process(target=beside_a_failed_one)
+    process = fork_server().Process(target=beside_a_failed_one)
     process.start()
     process.join(LIMIT)
     assert process.exitcode == 0

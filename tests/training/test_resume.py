@@ -1,19 +1,26 @@
 """Killed at any moment and resumed, training ends as if nothing had happened, bit for bit."""
 
-import csv
-import json
-import multiprocessing
 import os
 import random
-import signal
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from killing import (
+    KILLED,
+    Trouble,
+    Witness,
+    assert_same,
+    batches,
+    drawn,
+    fork_server,
+    generator,
+    metrics,
+    same,
+)
+from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import nn
 from torch.utils.data import IterableDataset
 from torchmetrics import MeanMetric
@@ -26,9 +33,7 @@ from torchref.training import (
     LastCheckpoint,
     ResumableDataLoader,
     Run,
-    read_checkpoint,
 )
-from torchref.training import checkpoint as writing
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -48,58 +53,17 @@ CONFIG = Config(
     name="run",
 )
 BATCHES = 10
-# Where a process is killed: a hook of Lightning's, or a step of writing a checkpoint.
-HOOKS = ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end")
-RARE_HOOKS = ("on_validation_batch_start", "on_train_epoch_end", "on_test_batch_start")
-SYSTEM_CALLS = ("fsync", "link", "replace")
-ENDED = -signal.SIGKILL
-
-
-class Witness(Callback):
-    """Writes down each batch of training as it is after augmentation."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        numbers = [x.double().sum().item() for x in batch]
-        with open(self.path, "a") as file:
-            file.write(f"{trainer.current_epoch} {batch_idx} {numbers}\n")
-
-
-class Killer(Callback):
-    """Ends the process with SIGKILL when a hook or a system call comes for the n-th time."""
-
-    def __init__(self, place, count):
-        self.left = count
-        if place in SYSTEM_CALLS:
-            call = getattr(os, place)
-
-            def counted(*args, **kwargs):
-                self.count()
-                return call(*args, **kwargs)
-
-            setattr(writing.os, place, counted)
-        elif place:
-            setattr(self, place, lambda *args, **kwargs: self.count())
-
-    def count(self):
-        self.left -= 1
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def part_of_a_run(root, config, resume, place=None, count=0):
     """In a process of its own: a run up to its end, or to its kill."""
-    callbacks = [Witness(Path(root) / "batches.txt"), Killer(place, count)]
+    callbacks = [Witness(root), *([Trouble(place, count)] if place else [])]
     Run(config, resume=resume, root=root, callbacks=callbacks, progress=False).execute()
 
 
 @pytest.fixture(scope="module")
 def processes():
-    """Starts processes that have imported everything and done nothing."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torchref.training", "sklearn.datasets", "kornia"])
+    context = fork_server()
 
     def call(function, *args, several=None):
         """The exit code, or the codes of several processes that are told their rank."""
@@ -125,49 +89,6 @@ def whole(processes, tmp_path_factory):
     return root
 
 
-def assert_same(root, whole):
-    """Weights, optimizer, metrics, files and batches are those of the whole run."""
-    for name in ("best.ckpt", "last.ckpt"):
-        found, expected = (read_checkpoint(r / "run" / name) for r in (root, whole))
-        for key in ("state_dict", "optimizer_states", "epoch", "global_step", "ExactResume"):
-            assert same(found.get(key), expected.get(key)), (name, key)
-        callbacks = {k: v for k, v in expected.get("callbacks", {}).items() if "Last" not in k}
-        for key, value in callbacks.items():
-            assert same(found["callbacks"][key], value), (name, key)
-    assert metrics(root) == metrics(whole)
-    assert table(root) == table(whole)
-    assert set(batches(root)) == set(batches(whole))
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        flat = [x.contiguous().reshape(-1).view(torch.uint8) for x in (a, b)]
-        return (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(*flat)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b or (a != a and b != b)
-
-
-def metrics(root):
-    found = json.loads((root / "run" / "metrics.json").read_text())
-    return {key: value for key, value in found.items() if key != "seconds"}
-
-
-def table(root):
-    """By step, for a resumed run logs what it knows of an epoch in one row."""
-    found = {}
-    with open(root / "run" / "metrics.csv", newline="") as file:
-        for row in csv.DictReader(file):
-            found.setdefault(row["step"], {}).update({k: v for k, v in row.items() if v})
-    return found
-
-
-def batches(root):
-    return (root / "batches.txt").read_text().splitlines()
-
-
 def go_on(processes, root, config, *kill):
     """Start the run, or resume it where there is something to resume."""
     ready = (root / "run" / "last.ckpt").exists()
@@ -187,36 +108,30 @@ def go_on(processes, root, config, *kill):
 )
 def test_a_killed_run_ends_as_if_it_had_not_been(kills, processes, whole, tmp_path):
     for kill in kills:
-        assert go_on(processes, tmp_path, CONFIG, *kill) == ENDED
+        assert go_on(processes, tmp_path, CONFIG, *kill) == KILLED
     assert go_on(processes, tmp_path, CONFIG) == 0
     assert_same(tmp_path, whole)
 
 
 @pytest.mark.slow
 def test_fifty_random_kill_points(processes, whole, tmp_path_factory, record_testsuite_property):
-    survived, seed = 0, int(os.environ.get("TORCHREF_SEED", random.randrange(10**6)))
-    draw = random.Random(seed)
-    print(f"TORCHREF_SEED={seed}")
+    survived, draw = 0, generator()
     while survived < 50:
         root = tmp_path_factory.mktemp("killed")
-        killed = 0
         while True:
-            rare = draw.random() < 0.2
-            place = draw.choice(RARE_HOOKS if rare else HOOKS + SYSTEM_CALLS)
-            count = draw.randint(1, 2 if rare else 2 * BATCHES)
+            place, count = drawn(draw, BATCHES)
             code = go_on(processes, root, CONFIG, place, count)
             if code == 0:  # it came to its end before
                 break
-            assert code == ENDED, (place, count)
-            killed += 1
+            assert code == KILLED, (place, count)
+            survived += 1
         assert_same(root, whole)
-        survived += killed
     record_testsuite_property("kill points survived", survived)
 
 
 def test_without_batches_between_a_resumed_run_repeats_its_epoch(processes, whole, tmp_path):
     config = replace(CONFIG, save_every=None)
-    assert go_on(processes, tmp_path, config, "on_train_batch_end", 17) == ENDED
+    assert go_on(processes, tmp_path, config, "on_train_batch_end", 17) == KILLED
     assert go_on(processes, tmp_path, config) == 0
     expected = {line.split()[0:2] == ["1", "0"] for line in batches(tmp_path)}
     assert expected == {True, False}
@@ -229,7 +144,7 @@ def test_a_stopped_run_that_was_killed_stops_again(processes, tmp_path_factory):
     roots = [tmp_path_factory.mktemp(name) for name in ("whole", "killed")]
     assert processes(part_of_a_run, roots[0], config, None) == 0
     assert metrics(roots[0])["stop_reason"].startswith("val_loss did not improve")
-    assert go_on(processes, roots[1], config, "on_test_batch_start", 1) == ENDED
+    assert go_on(processes, roots[1], config, "on_test_batch_start", 1) == KILLED
     assert go_on(processes, roots[1], config) == 0
     assert_same(roots[1], roots[0])
 
@@ -238,14 +153,14 @@ def test_float64_goes_on_as_float64(processes, tmp_path_factory):
     config = replace(CONFIG, precision="64", augment=None, parity=False, epochs=2)
     roots = [tmp_path_factory.mktemp(name) for name in ("whole", "killed")]
     assert processes(part_of_a_run, roots[0], config, None) == 0
-    assert go_on(processes, roots[1], config, "on_train_batch_end", 14) == ENDED
+    assert go_on(processes, roots[1], config, "on_train_batch_end", 14) == KILLED
     assert go_on(processes, roots[1], config) == 0
     assert_same(roots[1], roots[0])
 
 
 def test_a_parity_check_may_begin_at_the_resume(processes, tmp_path):
     alone = replace(CONFIG, parity=False)
-    assert go_on(processes, tmp_path, alone, "on_train_batch_end", 14) == ENDED
+    assert go_on(processes, tmp_path, alone, "on_train_batch_end", 14) == KILLED
     assert go_on(processes, tmp_path, CONFIG) == 0
     assert metrics(tmp_path)["parity_max_loss_diff"] < 1e-5
 
@@ -308,8 +223,8 @@ def part_of_a_fit(rank, root, workers, devices, place=None, count=0):
         plugins=[AtomicCheckpointIO()],
         callbacks=[
             ExactResume(),
-            Witness(root / f"batches-{rank}.txt"),
-            Killer(place if last else None, count),
+            Witness(root, rank),
+            *([Trouble(place, count)] if place and last else []),
             LastCheckpoint(root, every=5),
         ],
         logger=False,
@@ -342,19 +257,19 @@ def test_a_fit_goes_on_in_the_middle_of_an_epoch(workers, devices, processes, tm
     roots = [tmp_path / name for name in ("whole", "killed")]
     for root in roots:
         root.mkdir()
-    batches = 12 // devices
+    steps = 12 // devices
     assert processes(part_of_a_fit, roots[0], workers, devices, several=devices) == [0] * devices
-    for count in (batches + 6, 3) if devices == 1 else (batches + 3, 2):
+    for count in (steps + 6, 3) if devices == 1 else (steps + 3, 2):
         kill = ("on_train_batch_end", count)
         codes = processes(part_of_a_fit, roots[1], workers, devices, *kill, several=devices)
-        assert codes[-1] == ENDED
+        assert codes[-1] == KILLED
         (roots[1] / "store").unlink(missing_ok=True)
     assert processes(part_of_a_fit, roots[1], workers, devices, several=devices) == [0] * devices
     for rank in range(devices):
         ended = [torch.load(root / f"ended-{rank}.pt", weights_only=True) for root in roots]
         assert same(*ended)
-        lines = [(root / f"batches-{rank}.txt").read_text().splitlines() for root in roots]
-        assert len(lines[0]) == 2 * batches
+        lines = [batches(root, rank) for root in roots]
+        assert len(lines[0]) == 2 * steps
         assert set(lines[0]) == set(lines[1])
 
 

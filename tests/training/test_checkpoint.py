@@ -1,6 +1,7 @@
 """A checkpoint is whole or not there; a damaged one is noticed, named, and another one offered."""
 
 import errno
+import io
 import os
 import resource
 import zipfile
@@ -144,6 +145,21 @@ def test_an_interrupt_leaves_nothing_behind(path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         AtomicCheckpointIO().save_checkpoint(SAVED, path)
     assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "full")])
+def test_what_stops_a_write_is_what_is_raised(error):
+    """Torch's writer makes a RuntimeError of it, "unexpected pos"."""
+
+    class Stopping(io.BytesIO):
+        def write(self, data):
+            if self.tell() > 500:
+                raise error
+            return super().write(data)
+
+    with pytest.raises(type(error)) as raised:
+        writing._save(SAVED, Stopping())
+    assert raised.value is error
 
 
 def test_the_checkpoint_that_training_came_from_stays(path):

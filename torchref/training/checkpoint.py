@@ -165,10 +165,10 @@ def write_file(path: Path, write: Callable[[IO[bytes]], object], keep: Path | No
 def _save(checkpoint: dict[str, Any], file: IO[bytes]) -> None:
     try:
         torch.save(checkpoint, file)
-    except RuntimeError as error:  # of torch's, about what went wrong with the file
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
-        raise
+    except RuntimeError as error:
+        if error.__context__ is None:
+            raise
+        raise error.__context__ from None  # what torch says is unexpected: a full disk, Ctrl-C
     size = file.tell() - 2  # the length of the archive's comment, 0, comes last
     comment = MARK + _sum(file, size).encode()
     file.seek(size)

@@ -85,8 +85,7 @@ def train(parser: OneLineParser, argv: list[str]) -> None:
             saved = Path("runs") / to_config(args).folder / "config.yaml"
             if not saved.exists():
                 raise FileNotFoundError(f"resume: no run in {saved.parent}")
-            if not isinstance(yaml.safe_load(saved.read_text()), dict):
-                raise ValueError(f"resume: {saved} is damaged")
+            check_saved(saved)
             args = parser.parse_args(["--config", str(saved), *argv])
         run = Run(to_config(args), resume=args.resume)
     except USER_ERRORS as error:
@@ -108,6 +107,15 @@ def train(parser: OneLineParser, argv: list[str]) -> None:
         write_report(run, metrics, run.path / "report.html")
     if metrics["best_epoch"] is None:
         parser.exit(1, "no usable model: val_loss was never finite\n")
+
+
+def check_saved(config: Path) -> None:
+    try:
+        found = yaml.safe_load(config.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"resume: {config} is damaged")
 
 
 def interrupted(parser: OneLineParser, message: str = "interrupted\n") -> None:

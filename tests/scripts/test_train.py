@@ -357,6 +357,10 @@ def test_resume_looks_before_it_writes(here, capsys, iris):
     config = (here / "runs" / "iris" / "config.yaml").read_text()
     line = fails(capsys, *SMALL, "--resume", "--epochs", "2")
     assert "epochs: expected more than the" in line
+    for damaged in ("", "a: [", "just a text"):
+        (here / "runs" / "iris" / "config.yaml").write_text(damaged)
+        assert "iris/config.yaml is damaged" in fails(capsys, *SMALL, "--resume", "--epochs", "99")
+    (here / "runs" / "iris" / "config.yaml").write_text(config)
     (here / "runs" / "iris" / "last.ckpt").write_bytes(b"broken")
     assert "last.ckpt is damaged" in fails(capsys, *SMALL, "--resume", "--epochs", "99")
     assert (here / "runs" / "iris" / "config.yaml").read_text() == config

@@ -1612,7 +1612,7 @@ LOSS = in_file(
     ),
     (
         "pos_weight ignored in the target's gradient",
-        "tl.where(p == 1, -x, (p - 1) * _softplus_of_minus(x) - x)",
+        "tl.where(p == 1, -x, p * _softplus_of_minus(x) - _softplus_of_minus(-x))",
         "-x",
         distance(LOGITS, PAIR[0], UNIT[1], pos_weight=FACTOR),
     ),
@@ -2482,8 +2482,8 @@ MULTI_TENSOR = [
         ),
         (
             "centered always",
-            "tl.where(centered, mean + gain * (g - mean), 0.0)",
-            "mean + gain * (g - mean)",
+            "tl.where(centered, _lerp(mean, g, gain), 0.0)",
+            "_lerp(mean, g, gain)",
             stepped("RMSprop"),
         ),
         (
@@ -2546,8 +2546,8 @@ MULTI_TENSOR = [
         ),
         (
             "average of weights not yet rounded",
-            "(p.to(PARAM_TYPE).to(tl.float32) - average)",
-            "(p - average)",
+            "_lerp(average, p.to(PARAM_TYPE).to(tl.float32), ema_gain)",
+            "_lerp(average, p, ema_gain)",
             average(corrected=False, dtype=torch.bfloat16),
         ),
         (

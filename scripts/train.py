@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import yaml
 from torch import Tensor
 
 from torchref.data import read_features, read_texts
@@ -42,6 +41,7 @@ from torchref.training.command_line import (
     to_config,
 )
 from torchref.training.report import write_report
+from torchref.training.run import read_config
 
 UNSHOWN = ("test_loss", "test_opened")
 
@@ -85,7 +85,7 @@ def train(parser: OneLineParser, argv: list[str]) -> None:
             saved = Path("runs") / to_config(args).folder / "config.yaml"
             if not saved.exists():
                 raise FileNotFoundError(f"resume: no run in {saved.parent}")
-            check_saved(saved)
+            read_config(saved)
             args = parser.parse_args(["--config", str(saved), *argv])
         run = Run(to_config(args), resume=args.resume)
     except USER_ERRORS as error:
@@ -107,15 +107,6 @@ def train(parser: OneLineParser, argv: list[str]) -> None:
         write_report(run, metrics, run.path / "report.html")
     if metrics["best_epoch"] is None:
         parser.exit(1, "no usable model: val_loss was never finite\n")
-
-
-def check_saved(config: Path) -> None:
-    try:
-        found = yaml.safe_load(config.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError):
-        found = None
-    if not isinstance(found, dict):
-        raise ValueError(f"resume: {config} is damaged")
 
 
 def interrupted(parser: OneLineParser, message: str = "interrupted\n") -> None:

@@ -227,6 +227,14 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
         Run(IRIS, resume="last", root=tmp_path)
 
 
+def test_a_damaged_configuration_is_named(tmp_path):
+    Run(IRIS, root=tmp_path, progress=False).execute()
+    for text in ("", "a: [", "just a text"):
+        (tmp_path / "iris" / "config.yaml").write_text(text)
+        with pytest.raises(ValueError, match=r"resume: .*iris.config.yaml is damaged"):
+            Run(replace(IRIS, epochs=4), resume="last", root=tmp_path)
+
+
 def test_a_finished_run_has_nothing_to_resume(tmp_path):
     config = replace(IRIS, epochs=30, patience=1, lr=0.5)
     done = Run(config, root=tmp_path, progress=False).execute()["epochs"]

@@ -162,6 +162,18 @@ def test_what_stops_a_write_is_what_is_raised(error):
     assert raised.value is error
 
 
+def test_an_error_of_torchs_own_is_not_taken_for_the_one_that_is_handled(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("torch's own")
+
+    monkeypatch.setattr(torch, "save", broken)
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        with pytest.raises(RuntimeError, match="torch's own"):
+            writing._save(SAVED, io.BytesIO())
+
+
 def test_the_checkpoint_that_training_came_from_stays(path):
     """The one in its way is the damaged one."""
     AtomicCheckpointIO().save_checkpoint(SAVED | {"epoch": 4}, path)

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -163,10 +164,11 @@ def write_file(path: Path, write: Callable[[IO[bytes]], object], keep: Path | No
 
 
 def _save(checkpoint: dict[str, Any], file: IO[bytes]) -> None:
+    handled = sys.exception()  # what a checkpoint of an interrupted training is written for
     try:
         torch.save(checkpoint, file)
     except RuntimeError as error:
-        if error.__context__ is None:
+        if error.__context__ is None or error.__context__ is handled:
             raise
         raise error.__context__ from None  # what torch says is unexpected: a full disk, Ctrl-C
     size = file.tell() - 2  # the length of the archive's comment, 0, comes last

@@ -5,7 +5,7 @@ message with the argument and the value. Whatever the call is handed (tensors an
 modules, optimizers, files) is bit by bit the same afterwards. Where torch has the same misuse, ours
 raises torch's type or one derived from it, or ValueError where torch's says less (RuntimeError,
 AssertionError); a row that ``differs`` from that says why. Where torch does a check for us (an
-optimizer's options, the shapes of a state_dict, devices that differ) the words are torch's.
+optimizer's ranges, the shapes of a state_dict, devices that differ) the words are torch's.
 
 ``python tests/test_misuse.py`` prints how many there are.
 """
@@ -194,6 +194,22 @@ LOSSES = [
         LEAF,
     ),
     row(
+        "leaky_relu: a slope of NaN",
+        lambda t, x: t.F.leaky_relu(x, NAN),
+        ValueError,
+        "leaky_relu: .*`negative_slope`, got nan",
+        X,
+        differs=SILENT,
+    ),
+    row(
+        "elu: an infinite alpha",
+        lambda t, x: t.F.elu(x, INF),
+        ValueError,
+        "elu: .*`alpha`, got inf",
+        X,
+        differs=SILENT,
+    ),
+    row(
         "elu: alpha is a word",
         lambda t, x: t.F.elu(x, alpha="one"),
         TypeError,
@@ -249,7 +265,20 @@ LOSSES = [
         r"softmax: .*`dim` in \[-1, 0\], got 1",
         torch.tensor(1.0),
     ),
-    row("softmax: dim is 1.5", lambda t, x: t.F.softmax(x, 1.5), TypeError, "'dim'.*float", X),
+    row(
+        "softmax: dim is 1.5",
+        lambda t, x: t.F.softmax(x, 1.5),
+        TypeError,
+        "softmax: .*`dim`, got 1.5",
+        X,
+    ),
+    row(
+        "log_softmax: dim is a word",
+        lambda t, x: t.F.log_softmax(x, "1"),
+        TypeError,
+        "log_softmax: .*`dim`, got '1'",
+        X,
+    ),
     row(
         "softmax: integers",
         lambda t, x: t.F.softmax(x, 0),
@@ -472,6 +501,14 @@ LOSSES = [
         T,
     ),
     row(
+        "cross_entropy: smoothing is a word",
+        lambda t, x, y: t.F.cross_entropy(x, y, label_smoothing="0.1"),
+        TypeError,
+        "cross_entropy: .*`label_smoothing`, got '0.1'",
+        X,
+        T,
+    ),
+    row(
         "cross_entropy: smoothing above 1",
         lambda t, x, y: t.F.cross_entropy(x, y, label_smoothing=2.0),
         RuntimeError,
@@ -685,6 +722,13 @@ LAYERS = [
         W,
     ),
     row(
+        "linear: no weight",
+        lambda t, x: t.F.linear(x, None),
+        TypeError,
+        "linear: .*`weight`, got NoneType",
+        X,
+    ),
+    row(
         "linear: a weight of three dimensions",
         lambda t, x, w: t.F.linear(x, w),
         RuntimeError,
@@ -775,9 +819,17 @@ LAYERS = [
         "dropout: .*`p`.*got nan",
         X,
     ),
-    row("Dropout: p", lambda t: t.nn.Dropout(-0.1), ValueError, "dropout probability .*got -0.1"),
     row(
-        "Dropout: p of NaN", lambda t, x: t.nn.Dropout(NAN)(x), ValueError, "dropout: .*`p`.*nan", X
+        "dropout: p is a word",
+        lambda t, x: t.F.dropout(x, "0.5"),
+        TypeError,
+        "dropout: .*`p`, got '0.5'",
+        X,
+    ),
+    row("Dropout: p", lambda t: t.nn.Dropout(-0.1), ValueError, r"Dropout: .*`p` in .*got -0.1"),
+    row("Dropout: no p", lambda t: t.nn.Dropout(None), TypeError, "Dropout: .*`p`, got None"),
+    row(
+        "Dropout: p of NaN", lambda t, x: t.nn.Dropout(NAN)(x), ValueError, "Dropout: .*`p`.*nan", X
     ),
     row(
         "dropout: integers",
@@ -882,6 +934,22 @@ LAYERS = [
         ValueError,
         "batch_norm: .*`eps`, got 0.0",
         X,
+    ),
+    row(
+        "batch_norm: eps is a word",
+        lambda t, x: t.F.batch_norm(x, None, None, training=True, eps="1e-5"),
+        TypeError,
+        "batch_norm: .*`eps`, got '1e-5'",
+        X,
+    ),
+    row(
+        "batch_norm: statistics that are integers",
+        lambda t, x, mean, var: t.F.batch_norm(x, mean, var, training=True),
+        RuntimeError,
+        "batch_norm: .*floating point `running_mean`, got torch.int64",
+        X,
+        torch.zeros(3, dtype=torch.int64),
+        torch.ones(3, dtype=torch.int64),
     ),
     row(
         "batch_norm: eps of NaN",
@@ -1089,6 +1157,14 @@ LAYERS = [
         differs=NONE,
     ),
     row(
+        "weight_penalty: l1 is a word",
+        lambda t, model: t.nn.weight_penalty(model, l1="1e-4"),
+        TypeError,
+        "weight_penalty: .*`l1`, got '1e-4'",
+        nn.Linear(3, 2),
+        differs=NONE,
+    ),
+    row(
         "weight_penalty: l1",
         lambda t, model: t.nn.weight_penalty(model, l1=-1.0),
         ValueError,
@@ -1174,6 +1250,38 @@ def state_of_average(without: str | None = None, **other: Any) -> dict[str, Any]
 
 OPTIMIZERS = [
     row("SGD: lr", lambda t, p: t.optim.SGD([p], lr=-1.0), ValueError, "learning rate: -1.0", LEAF),
+    *(
+        row(
+            f"{name}: lr is a word",
+            lambda t, p, name=name: getattr(t.optim, name)([p], lr="0.1"),
+            TypeError,
+            f"{name}: .*`lr`, got '0.1'",
+            LEAF,
+        )
+        for name in ("SGD", "RMSprop", "Adam", "AdamW")
+    ),
+    row(
+        "Adam: no weight_decay",
+        lambda t, p: t.optim.Adam([p], weight_decay=None),
+        TypeError,
+        "Adam: .*`weight_decay`, got None",
+        LEAF,
+    ),
+    row(
+        "Adam: one beta",
+        lambda t, p: t.optim.Adam([p], betas=(0.9,)),
+        ValueError,
+        r"Adam: .*`betas`, got \(0.9,\)",
+        LEAF,
+        differs="torch's is an IndexError of a tuple",
+    ),
+    row(
+        "Adam: a beta that is a word",
+        lambda t, p: t.optim.Adam([p], betas=("0.9", 0.999)),
+        TypeError,
+        "Adam: .*`betas`, got '0.9'",
+        LEAF,
+    ),
     row(
         "SGD: lr of NaN",
         lambda t, p: t.optim.SGD([p], lr=NAN),

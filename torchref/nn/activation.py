@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torchref._checks import require_finite, require_floating, require_number, require_tensor
 from torchref.autograd import (
     Function,
     attached,
@@ -18,7 +19,6 @@ from torchref.autograd import (
 )
 from torchref.dispatch import accelerated
 from torchref.internals import differentiates_forward
-from torchref.nn._checks import require_floating, require_number, require_tensor
 
 # Klambauer et al., 2017: with these, mean 0 and variance 1 are a fixed point.
 SELU_ALPHA = 1.6732632423543772848170429916717
@@ -149,7 +149,7 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
     Source: Maas et al., "Rectifier nonlinearities improve neural network acoustic models", 2013.
     """
     require_floating("leaky_relu", input)
-    require_number("leaky_relu", "negative_slope", negative_slope)
+    require_finite("leaky_relu", "negative_slope", negative_slope)
     if inplace and traces_in_place():
         return input.copy_(leaky_relu(input.clone(), negative_slope))
     refuse_leaf(input, inplace)
@@ -371,7 +371,7 @@ def selu(input: Tensor, inplace: bool = False) -> Tensor:
 
 def _elu(name: str, input: Tensor, alpha: float, scale: float, inplace: bool) -> Tensor:
     require_floating(name, input)
-    require_number(name, "alpha", alpha)
+    require_finite(name, "alpha", alpha)
     if inplace and traces_in_place():
         return input.copy_(ELUFunction.call(input.clone(), alpha, scale, False))
     refuse_leaf(input, inplace)
@@ -655,7 +655,10 @@ def checked_activation(piece: str, activation: str, param: float | None) -> floa
     default = FUSED[activation].param
     if param is not None and not default:
         raise ValueError(f"{piece}: {activation} has no `param`, got {param}")
-    return default if param is None else float(param)
+    if param is None:
+        return default
+    require_finite(piece, "param", param)
+    return float(param)
 
 
 def _sigmoid(x: Tensor) -> Tensor:

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchref._checks import require_floating, require_number
 from torchref.autograd import Function, opmath, rounded, summed
 from torchref.dispatch import accelerated
 from torchref.internals import TorchBatchNorm
-from torchref.nn._checks import require_floating, require_number
 from torchref.nn.activation import FUSED, checked_activation
 
 
@@ -669,10 +669,15 @@ def check(
             raise RuntimeError(
                 f"{name}: expected `{argument}` of shape ({channels},), got {tuple(tensor.shape)}"
             )
+        if tensor is not None and not tensor.is_floating_point():
+            raise RuntimeError(
+                f"{name}: expected a floating point `{argument}`, got {tensor.dtype}"
+            )
         if tensor is None and not training and argument.startswith("running"):
             raise RuntimeError(f"{name}: expected `{argument}` at inference, got None")
     if (running_mean is None) != (running_var is None):
         raise ValueError(f"{name}: expected both `running_mean` and `running_var`, or neither")
+    require_number(name, "eps", eps)
     if not eps >= 0 or (training and eps == 0):
         raise ValueError(f"{name}: expected a positive `eps`, got {eps}")
     if training and not isinstance(momentum, Tensor):  # which would have to be waited for

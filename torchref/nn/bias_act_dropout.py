@@ -5,9 +5,9 @@ import math
 import torch
 from torch import Tensor
 
+from torchref._checks import require_floating, require_share
 from torchref.autograd import Function, opmath, rounded, summed
 from torchref.dispatch import accelerated, will_run_kernel
-from torchref.nn._checks import require_floating
 from torchref.nn.activation import FUSED, checked_activation
 from torchref.nn.dropout import drawn_mask, mask_of
 from torchref.nn.linear import Linear, linear
@@ -49,7 +49,8 @@ class LinearActDropout(Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         name = type(self).__name__
         checked_activation(name, activation, param)
-        self.activation, self.param, self.p = activation, param, _checked_p(name, p)
+        require_share(name, "p", p)
+        self.activation, self.param, self.p = activation, param, p
 
     def forward(self, input: Tensor) -> Tensor:
         return bias_act_dropout(
@@ -114,7 +115,7 @@ def bias_act_dropout(
     2014; in one pass: Shoeybi et al., "Megatron-LM", 2019.
     """
     name = "bias_act_dropout"
-    _checked_p(name, p)
+    require_share(name, "p", p)
     argument = checked_activation(name, activation, param)
     require_floating(name, input)
     features = input.shape[-1] if input.ndim else 1
@@ -219,9 +220,3 @@ def _mask(noise: Tensor, x: Tensor, p: float) -> Tensor:
     if noise.dtype == torch.bool:
         return noise
     return mask_of(noise, x.shape, ((x.shape[1] + 3) // 4 * 4, 1), p)
-
-
-def _checked_p(name: str, p: float) -> float:
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"{name}: expected `p` in [0, 1], got {p}")
-    return p

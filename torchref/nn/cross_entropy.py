@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
+from torchref._checks import require_floating, require_integer, require_share, require_tensor
 from torchref.autograd import Function, attached, autocast, opmath, rounded
 from torchref.dispatch import accelerated, is_plain, reads_values
 from torchref.internals import are_transforms_active, differentiates_forward
-from torchref.nn._checks import require_floating, require_integer, require_tensor
 from torchref.nn.loss import checked_reduction, require_constant
 
 
@@ -112,8 +112,7 @@ def cross_entropy(
     """
     name = "cross_entropy"
     reduction = checked_reduction(name, size_average, reduce, reduction)
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise RuntimeError(f"{name}: expected `label_smoothing` in [0, 1], got {label_smoothing}")
+    require_share(name, "label_smoothing", label_smoothing, RuntimeError)
     require_floating(name, input)
     require_tensor(name, "target", target)
     # None spares a pass, and scores of -inf the product 0 * inf

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
+from torchref._checks import require_share, require_tensor
 from torchref.autograd import Function, opmath, refuse_leaf, rounded, traces_in_place
 from torchref.dispatch import accelerated, will_run_kernel
 from torchref.internals import may_be_view
-from torchref.nn._checks import require_tensor
 
 
 class Dropout(torch.nn.Dropout):
@@ -23,6 +23,7 @@ class Dropout(torch.nn.Dropout):
     def __init__(
         self, p: float = 0.5, inplace: bool = False, *, scale_at: str = "training"
     ) -> None:
+        require_share("Dropout", "p", p)
         super().__init__(p, inplace)
         self.scale_at = _checked_scale_at(scale_at)
 
@@ -81,8 +82,7 @@ def dropout(
     Source: Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting",
     2014.
     """
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"dropout: expected `p` in [0, 1], got {p}")
+    require_share("dropout", "p", p)
     _checked_scale_at(scale_at)
     require_tensor("dropout", "input", input)
     if not training:

@@ -5,9 +5,9 @@ import math
 import torch
 from torch import Tensor
 
+from torchref._checks import require_tensor
 from torchref.autograd import Function, autocast, opmath, rounded, summed
 from torchref.dispatch import accelerated
-from torchref.nn._checks import require_tensor
 
 
 class Linear(torch.nn.Linear):
@@ -43,6 +43,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Source: Rosenblatt, "The perceptron", 1958; the gradient: Rumelhart, Hinton and Williams, 1986.
     """
     require_tensor("linear", "input", input)
+    require_tensor("linear", "weight", weight)
     input, weight, bias = autocast("linear", input, weight, bias)
     if weight.ndim == 1 and bias is None:
         return linear(input, weight.unsqueeze(0)).squeeze(-1)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchref._checks import require_share, require_tensor
 from torchref.autograd import Function, autocast, opmath, rounded
 from torchref.dispatch import accelerated
 from torchref.internals import (
@@ -15,7 +16,6 @@ from torchref.internals import (
     is_batched_gradient,
     keeps_graph,
 )
-from torchref.nn._checks import require_tensor
 from torchref.nn.cross_entropy import (
     _checked_indices,
     cross_entropy,
@@ -55,11 +55,7 @@ class _Before213(torch.nn.Module):
                 f"LinearCrossEntropyLoss: expected `weight` of shape ({num_classes},), "
                 f"got {tuple(weight.shape)}"
             )
-        if not 0.0 <= label_smoothing <= 1.0:
-            raise RuntimeError(
-                "LinearCrossEntropyLoss: expected `label_smoothing` in [0, 1], "
-                f"got {label_smoothing}"
-            )
+        require_share("LinearCrossEntropyLoss", "label_smoothing", label_smoothing, RuntimeError)
         super().__init__()
         self.register_buffer("weight", weight)
         self.num_classes, self.out_features = num_classes, out_features
@@ -224,8 +220,7 @@ def _in_chunks(
     label_smoothing: float,
     rows: int,
 ) -> Tensor:
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise RuntimeError(f"{name}: expected `label_smoothing` in [0, 1], got {label_smoothing}")
+    require_share(name, "label_smoothing", label_smoothing, RuntimeError)
     if x.shape[1] != w.shape[1]:
         raise RuntimeError(
             f"{name}: expected `input` of shape (N, {w.shape[1]}) for `linear_weight` of shape "

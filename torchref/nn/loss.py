@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchref._checks import require_tensor
 from torchref.autograd import Function, autocast, opmath, rounded
 from torchref.dispatch import accelerated, reads_values
-from torchref.nn._checks import require_tensor
 
 
 class MSELoss(torch.nn.MSELoss):

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from torchref._checks import require_number
+
 NORMALIZATION = (torch.nn.LayerNorm, torch.nn.RMSNorm)  # others' gains have one dimension
 
 
@@ -39,6 +41,7 @@ def weight_penalty(module: torch.nn.Module, l1: float = 0.0, l2: float = 0.0) ->
     Source: the course, "L1 and L2 regularization".
     """
     for name, value in (("l1", l1), ("l2", l2)):
+        require_number("weight_penalty", name, value)
         if not 0 <= value < float("inf"):
             raise ValueError(f"weight_penalty: expected `{name}` finite and >= 0, got {value}")
     if not isinstance(module, torch.nn.Module):

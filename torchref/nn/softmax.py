@@ -5,9 +5,9 @@ import warnings
 import torch
 from torch import Tensor
 
+from torchref._checks import require_integer, require_tensor
 from torchref.autograd import Function, autocast, opmath, rounded
 from torchref.dispatch import accelerated
-from torchref.nn._checks import require_tensor
 
 
 class Softmax(torch.nn.Softmax):
@@ -162,6 +162,7 @@ def _prepared(name: str, input: Tensor, dim: int, dtype: torch.dtype | None) -> 
         raise NotImplementedError(
             f"{name}: expected a floating point `input`, got {input.dtype}; pass `dtype`"
         )
+    require_integer(name, "dim", dim)
     limit = max(input.ndim, 1)
     if not -limit <= dim < limit:
         raise IndexError(f"{name}: expected `dim` in [{-limit}, {limit - 1}], got {dim}")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from torchref._checks import require_number
 from torchref.autograd import opmath
 from torchref.dispatch import reads_values
 from torchref.internals import check_graph_capture, step_with_grad_mode
@@ -32,6 +33,8 @@ RANGES = {
     "betas": (0, 1),
     "ema_decay": (0, 1),
 }
+
+OPTIONAL = ("max_norm", "ema_decay", "state_dtype")  # which may be None
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -96,23 +99,28 @@ class Optimizer(torch.optim.Optimizer):
 
     def _check_options(self, options: dict[str, Any]) -> None:
         name = type(self).__name__
-        for key in (*RANGES, "max_norm"):
-            if isinstance(options.get(key), str):  # which YAML makes of 1e-3
-                raise TypeError(f"{name}: expected a number `{key}`, got {options[key]!r}")
-        betas = options.get("betas")
-        if betas is not None and not (isinstance(betas, tuple | list) and len(betas) == 2):
-            raise ValueError(f"{name}: expected two numbers as `betas`, got {betas}")
+        options = {key: x for key, x in options.items() if x is not None or key not in OPTIONAL}
+        self._check_numbers(**options)
         for key, (low, high) in RANGES.items():
-            if not _within(options.get(key), low, high):
+            if key in options and not _within(options[key], low, high):
                 raise ValueError(f"{name}: expected `{key}` in [{low}, {high}), got {options[key]}")
-        max_norm = options.get("max_norm")
-        if max_norm is not None and not max_norm >= 0:
-            raise ValueError(f"{name}: expected `max_norm` >= 0, got {max_norm}")
+        if not options.get("max_norm", 0) >= 0:
+            raise ValueError(f"{name}: expected `max_norm` >= 0, got {options['max_norm']}")
         state_dtype = options.get("state_dtype")
         if state_dtype not in (None, torch.float32):
             raise ValueError(
                 f"{name}: expected `state_dtype` to be None or torch.float32, got {state_dtype}"
             )
+
+    def _check_numbers(self, **options: Any) -> None:
+        """Types alone, before torch's constructor: of the ranges it speaks in words of its own."""
+        name = type(self).__name__
+        betas = options.get("betas", (0, 0))
+        if not (isinstance(betas, tuple | list) and len(betas) == 2):
+            raise ValueError(f"{name}: expected two numbers as `betas`, got {betas}")
+        for key in (*RANGES, "max_norm"):
+            for value in betas if key == "betas" else (options.get(key, 0),):
+                require_number(name, key, value)  # YAML makes words of 1e-3
 
     @step_with_grad_mode
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

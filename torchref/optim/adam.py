@@ -117,6 +117,7 @@ class Adam(Optimizer, torch.optim.Adam):
         ema_bias_correction: bool = False,
         state_dtype: torch.dtype | None = None,
     ) -> None:
+        self._check_numbers(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         torch.optim.Adam.__init__(
             self,
             params,
@@ -205,6 +206,7 @@ class AdamW(Adam, torch.optim.AdamW):
         ema_bias_correction: bool = False,
         state_dtype: torch.dtype | None = None,
     ) -> None:
+        self._check_numbers(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         torch.optim.AdamW.__init__(
             self,
             params,

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchref._checks import require_number
 from torchref.autograd import opmath
 
 
@@ -138,6 +139,7 @@ class ExponentialMovingAverage:
 
 
 def _checked(decay: float) -> float:
+    require_number("ExponentialMovingAverage", "decay", decay)
     if not 0 <= decay < 1:
         raise ValueError(f"ExponentialMovingAverage: expected `decay` in [0, 1), got {decay}")
     return decay

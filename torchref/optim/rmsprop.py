@@ -107,6 +107,9 @@ class RMSprop(Optimizer, torch.optim.RMSprop):
         ema_bias_correction: bool = False,
         state_dtype: torch.dtype | None = None,
     ) -> None:
+        self._check_numbers(
+            lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay, momentum=momentum
+        )
         super().__init__(
             params,
             lr,

@@ -110,6 +110,9 @@ class SGD(Optimizer, torch.optim.SGD):
         ema_bias_correction: bool = False,
         state_dtype: torch.dtype | None = None,
     ) -> None:
+        self._check_numbers(
+            lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay
+        )
         super().__init__(
             params,
             lr,

@@ -1,5 +1,6 @@
 """What several functions ask of their arguments, and the words where they do not get it."""
 
+from math import inf
 from typing import Any
 
 from torch import Tensor
@@ -21,6 +22,18 @@ def require_number(name: str, argument: str, x: Any) -> None:
     # NumPy's numbers and tensors of one element have the method, too; words and lists do not
     if not (isinstance(x, int | float) or hasattr(x, "__float__")):
         raise TypeError(f"{name}: expected a number `{argument}`, got {x!r}")
+
+
+def require_finite(name: str, argument: str, x: Any) -> None:
+    require_number(name, argument, x)
+    if not -inf < x < inf:
+        raise ValueError(f"{name}: expected a finite `{argument}`, got {x}")
+
+
+def require_share(name: str, argument: str, x: Any, error: type[Exception] = ValueError) -> None:
+    require_number(name, argument, x)
+    if not 0.0 <= x <= 1.0:
+        raise error(f"{name}: expected `{argument}` in [0, 1], got {x}")
 
 
 def require_integer(name: str, argument: str, x: Any) -> None:

@@ -40,8 +40,8 @@ from torchref.training.command_line import (
     describe,
     to_config,
 )
+from torchref.training.config import read_mapping
 from torchref.training.report import write_report
-from torchref.training.run import read_config
 
 UNSHOWN = ("test_loss", "test_opened")
 
@@ -85,7 +85,7 @@ def train(parser: OneLineParser, argv: list[str]) -> None:
             saved = Path("runs") / to_config(args).folder / "config.yaml"
             if not saved.exists():
                 raise FileNotFoundError(f"resume: no run in {saved.parent}")
-            read_config(saved)
+            read_mapping(saved)
             args = parser.parse_args(["--config", str(saved), *argv])
         run = Run(to_config(args), resume=args.resume)
     except USER_ERRORS as error:

@@ -15,6 +15,7 @@ import tracemalloc
 import zipfile
 import zlib
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -230,6 +231,29 @@ def test_no_configuration_runs_code(here, tmp_path, capsys, name):
         (here / "a.yaml").write_bytes(attacks(marker, tmp_path)[attack])
         refuses(name, ["--config", "a.yaml"], capsys)
         assert not marker.exists(), attack
+
+
+ALIASES = "a: &a [1, 1]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in pairwise("abcdefgh"))
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "arguments"),
+    [
+        ("train", "x.yaml", "--config x.yaml"),
+        ("tune", "x.yaml", "--config x.yaml"),
+        ("cross_validate", "x.yaml", "--config x.yaml"),
+        ("train", "runs/iris/config.yaml", "--resume --name iris --epochs 3"),
+        ("compare", "runs/iris/config.yaml", "runs/iris"),
+        ("tune", "runs/tune-iris/search.yaml", "--dataset iris --resume"),
+        ("cross_validate", "runs/cv-iris/cross_validation.yaml", "--dataset iris --resume"),
+    ],
+)
+def test_no_configuration_is_larger_than_its_file(here, capsys, name, file, arguments):
+    """With 30 such lines it would have a billion numbers."""
+    (here / file).write_text(ALIASES)
+    assert "expected values, not aliases, got *a, line 2" in refuses(
+        name, arguments.split(), capsys
+    )
 
 
 def test_no_search_runs_code(finished, here, tmp_path, capsys):

@@ -243,7 +243,7 @@ def test_a_damaged_configuration_is_named(tmp_path):
     Run(IRIS, root=tmp_path, progress=False).execute()
     for text in ("", "a: [", "just a text"):
         (tmp_path / "iris" / "config.yaml").write_text(text)
-        with pytest.raises(ValueError, match=r"resume: .*iris.config.yaml is damaged"):
+        with pytest.raises(ValueError, match=r"iris.config.yaml is damaged"):
             Run(replace(IRIS, epochs=4), resume="last", root=tmp_path)
 
 

@@ -4,17 +4,25 @@ import re
 import warnings
 from typing import Any, NoReturn, get_args
 
-from jsonargparse import ActionYesNo, ArgumentParser
+import yaml
+from jsonargparse import ActionYesNo, ArgumentParser, get_loader, set_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from torchref.training.config import DATA, NETWORK, Config, options
+from torchref.training.config import DATA, NETWORK, Config, options, without_aliases
 
 LISTS = ("categories", "drop", "ratios")
 USER_ERRORS = (ValueError, OSError, RuntimeError, ImportError, MisconfigurationException)
+MODE = "YAML without aliases"  # jsonargparse's, but for them
+
+_load_yaml = get_loader("yaml")
+set_loader(MODE, lambda text: _load_yaml(without_aliases(text)), (yaml.YAMLError,))
 
 
 class OneLineParser(ArgumentParser):
     """Errors are one line on stderr and exit status 2, warnings one line."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(parser_mode=MODE, **kwargs)
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
         warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"

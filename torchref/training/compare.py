@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from torchref.diagnostics.drawing import new_figure
+from torchref.training.config import read_mapping
 
 TITLES = {"epochs": "epochs trained"}  # of options there is one called so, too
 COLORS = ("#1f77b4", "#d95f02", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22")
@@ -36,17 +35,17 @@ def read_run(path: str | Path) -> Finished:
     for name in ("config.yaml", "metrics.json", "metrics.csv"):
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path}: no finished run ({name} is missing)")
+    config = read_mapping(path / "config.yaml")
     try:
-        config = yaml.safe_load((path / "config.yaml").read_text())
         metrics = json.loads((path / "metrics.json").read_text())
         with open(path / "metrics.csv", newline="") as file:
             rows = [{k: float(v) for k, v in r.items() if v} for r in csv.DictReader(file)]
-    except (ValueError, yaml.YAMLError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: damaged: {' '.join(str(error).split())}") from None
     if isinstance(metrics, dict) and metrics.get("unfinished"):
         raise FileNotFoundError(f"{path}: no finished run (it was resumed and stopped)")
-    if not isinstance(config, dict) or not isinstance(metrics, dict):
-        raise ValueError(f"{path}: damaged: expected mappings in config.yaml and metrics.json")
+    if not isinstance(metrics, dict):
+        raise ValueError(f"{path}: damaged: expected a mapping in metrics.json")
     return Finished(path.name, config, metrics, _by_epoch(rows))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 
 import torchref
 from torchref.data.augment import image, tabular, text
@@ -164,6 +165,34 @@ class Config:
 def options() -> Iterable[Field[Any]]:
     """The fields of :class:`Config`, whose ``metadata["help"]`` says what each is."""
     return fields(Config)
+
+
+def without_aliases(text: str) -> str:
+    """YAML as it is; a few lines of aliases may stand for more values than a memory holds.
+
+    Raises:
+        yaml.YAMLError: there is an alias, or it is no YAML.
+    """
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            line = event.start_mark.line + 1
+            raise yaml.YAMLError(f"expected values, not aliases, got *{event.anchor}, line {line}")
+    return text
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A YAML file of names and values.
+
+    Raises:
+        ValueError: it is another one, or damaged.
+    """
+    try:
+        found = yaml.safe_load(without_aliases(path.read_text()))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: expected names and values, got {found!r:.40}")
+    return found
 
 
 def versions() -> dict[str, str]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torchref.data import kfold
 from torchref.data.datasets import Dataset
 from torchref.training.checks import check_choice, check_range
-from torchref.training.config import Config, versions
+from torchref.training.config import Config, read_mapping, versions
 from torchref.training.run import FILES, Run, data_module
 
 SPLIT_OF = {"time": "chronological", "grouped": "grouped"}  # no other method goes with these
@@ -186,7 +186,7 @@ class CrossValidation:
         path = self.path / "cross_validation.yaml"
         if not path.exists():
             raise FileNotFoundError(f"resume: no cross-validation in {self.path}")
-        before = yaml.safe_load(path.read_text())
+        before = read_mapping(path)
         for name, value in self._settings().items():
             if str(before.get(name)) != str(value):  # precision may be 32 or "32"
                 raise ValueError(

@@ -35,7 +35,7 @@ from torchref.training.checkpoint import (
     write_text,
 )
 from torchref.training.checks import check_range
-from torchref.training.config import DATA, NETWORK, Config, versions
+from torchref.training.config import DATA, NETWORK, Config, read_mapping, versions
 from torchref.training.convert import SyncBatchNormPlugin
 from torchref.training.curves import plot_learning_curves
 from torchref.training.data_module import DataModule
@@ -203,7 +203,7 @@ class Run:
 
     def _check_resume(self) -> None:
         path, saved = self._checkpoint()
-        before = read_config(self.path / "config.yaml")
+        before = read_mapping(self.path / "config.yaml")
         for name in FIXED_ON_RESUME:
             was = before.get(name, getattr(Config, name))  # a run may be older than an option
             if was != getattr(self.config, name):
@@ -441,17 +441,6 @@ def _inputs(dataset: Dataset, config: Config) -> dict[str, Any]:
         [column.name, column.categories and list(column.categories)] for column in dataset.columns
     ]
     return {"kind": "table", "missing": config.missing == "impute", "columns": columns}
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The options of a run that is to be resumed."""
-    try:
-        found = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError):
-        found = None
-    if not isinstance(found, dict):
-        raise ValueError(f"resume: {path} is damaged")
-    return found
 
 
 def _earlier(metrics: Path) -> tuple[Earlier, bool]:

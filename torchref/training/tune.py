@@ -25,7 +25,7 @@ from torchref.data.datasets import Dataset
 from torchref.data.normalize import SCALERS
 from torchref.diagnostics.drawing import new_figure
 from torchref.training.checks import check_choice, check_range
-from torchref.training.config import NETWORK, Config, options
+from torchref.training.config import NETWORK, Config, options, read_mapping
 from torchref.training.curves import COLORS, LABELS
 from torchref.training.mlp import ACTIVATIONS, INITIALIZERS, OPTIMIZERS
 from torchref.training.run import Run, load
@@ -505,7 +505,7 @@ def _check_resume(path: Path, asked: dict[str, Any]) -> None:
     file = path / "search.yaml"
     if not file.exists():
         raise FileNotFoundError(f"resume: no search in {path}")
-    before = yaml.safe_load(file.read_text())
+    before = read_mapping(file)
     for name, value in asked.items():
         was = before.get(name, getattr(Config, name, None))  # it may be older than an option
         if name not in RESUMABLE[asked["engine"]] and was != value:

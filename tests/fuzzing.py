@@ -168,8 +168,21 @@ def _step(c: Comparison) -> float:
     return rounding(c.dtype) * torch.finfo(c.dtype).tiny if c.dtype.is_floating_point else 0.0
 
 
+_factors: list[Callable[[Tensor], Tensor | float]] = []
+
+
+def keep(*kept: Tensor) -> None:
+    """Say of what a function keeps for its next step that it is rounded there, too."""
+    for x in kept:
+        for factor in _factors:
+            x.mul_(factor(x))
+
+
 def _nudged(f: Callable[..., Any], eps: float, number: int, /, *args: Any, **kwargs: Any) -> Any:
-    """``f`` with its inputs and outputs down by ``eps`` here and there; everywhere for number 0."""
+    """``f`` with its inputs and outputs down by ``eps`` here and there; everywhere for number 0.
+
+    And with what it says to :func:`keep`.
+    """
     generator = torch.Generator().manual_seed(number)
 
     def factor(x: Tensor) -> Tensor | float:
@@ -182,7 +195,11 @@ def _nudged(f: Callable[..., Any], eps: float, number: int, /, *args: Any, **kwa
         # in place, for what f writes to it must be seen afterwards
         return x * factor(x) if x.requires_grad else x.mul_(factor(x))
 
-    y = f(*map(nudge, args), **{k: nudge(x) for k, x in kwargs.items()})
+    _factors.append(factor)
+    try:
+        y = f(*map(nudge, args), **{k: nudge(x) for k, x in kwargs.items()})
+    finally:
+        _factors.pop()
     if isinstance(y, tuple):
         return tuple(t * factor(t) if t.is_floating_point() else t for t in y)
     return y * factor(y)
@@ -277,6 +294,8 @@ seeds = st.integers(0, 2**16)
 layouts = st.one_of(st.just("contiguous"), st.sampled_from(list(LAYOUTS)))
 # those of what is written to
 writable = layouts.filter(lambda layout: not layout.startswith("expanded"))
+# those that a clone keeps
+dense = writable.filter(lambda layout: layout != "stepped")
 dtypes = st.sampled_from(DTYPES)
 flags = st.booleans()
 

@@ -152,9 +152,10 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_training_does_not_grow(optimizer):
     training = Training(OPTIMIZERS[optimizer])
-    training.steps(200)  # the first steps fill Python's own reserves
+    training.steps(200)
     before, count, grown = blocks(), tensors(), []
-    for _ in range(3):
+    # the first windows still fill Python's free lists: 91, 63, 31, 11 were seen
+    for _ in range(6):
         training.steps(100)
         grown.append(blocks() - before - sum(grown))
     assert tensors() == count

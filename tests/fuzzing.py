@@ -179,15 +179,16 @@ def keep(*kept: Tensor) -> None:
 
 
 def _nudged(f: Callable[..., Any], eps: float, number: int, /, *args: Any, **kwargs: Any) -> Any:
-    """``f`` with its inputs and outputs down by ``eps`` here and there; everywhere for number 0.
+    """``f`` with inputs and outputs down by ``2 * eps`` here and there; everywhere for number 0.
 
-    And with what it says to :func:`keep`.
+    And with what it says to :func:`keep`. Roundings go both ways, but what goes up may leave the
+    probabilities.
     """
     generator = torch.Generator().manual_seed(number)
 
     def factor(x: Tensor) -> Tensor | float:
         where = torch.randint(2, x.shape, generator=generator, dtype=x.dtype)
-        return 1 - eps * (where if number else 1)
+        return 1 - 2 * eps * (where if number else 1)
 
     def nudge(x: Any) -> Any:
         if not isinstance(x, Tensor) or not x.is_floating_point():

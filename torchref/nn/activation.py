@@ -69,7 +69,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
         A tensor of ``input``'s shape and type, with values >= 0; NaN stays NaN.
 
     Raises:
-        RuntimeError: ``input`` is boolean.
+        NotImplementedError: ``input`` is boolean or complex.
         TypeError: ``input`` is no tensor.
 
     Example:
@@ -80,10 +80,10 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """
     require_tensor("relu", "input", input)
     if input.dtype == torch.bool:
-        raise RuntimeError("relu: expected a number `input`, got torch.bool")
+        raise NotImplementedError("relu: expected a number `input`, got torch.bool")
     if input.is_complex():
         raise NotImplementedError(f"relu: expected a real `input`, got {input.dtype}")
-    if differentiates_forward():  # torch gives clamp a slope of 1 at 0
+    if differentiates_forward():  # up to torch 2.13 clamp has a slope of 1 at 0
         y = torch.where(input <= 0, 0, input)
         return input.copy_(y) if inplace else y
     if inplace and traces_in_place():
@@ -176,8 +176,7 @@ class LeakyReLUFunction(_FromInput):
 @accelerated("activation")
 def leaky_relu_fwd(x: Tensor, negative_slope: float, inplace: bool) -> Tensor:
     x32 = opmath(x)
-    # relu has a slope of 0 at 0, clamp_max one of 1: their sum that of torch
-    return _write(x32.relu() + negative_slope * x32.clamp_max(0), x, inplace)
+    return _write(x32.relu() + negative_slope * _below(x32), x, inplace)
 
 
 @accelerated("activation")
@@ -397,8 +396,7 @@ class ELUFunction(_FromInput):
 @accelerated("activation")
 def elu_fwd(x: Tensor, alpha: float, scale: float, inplace: bool) -> Tensor:
     x32 = opmath(x)
-    # relu has a slope of 0 at 0, clamp_max one of 1: their sum that of torch
-    return _write(scale * (x32.relu() + alpha * _expm1(x32.clamp_max(0))), x, inplace)
+    return _write(scale * (x32.relu() + alpha * _expm1(_below(x32))), x, inplace)
 
 
 @accelerated("activation")
@@ -659,6 +657,13 @@ def checked_activation(piece: str, activation: str, param: float | None) -> floa
         return default
     require_finite(piece, "param", param)
     return float(param)
+
+
+def _below(x: Tensor) -> Tensor:
+    """min(x, 0), with a slope of 1 at 0: relu has one of 0 there, and their sum that of torch."""
+    if differentiates_forward():  # clamp has that slope up to torch 2.13
+        return torch.where(x > 0, 0, x)
+    return x.clamp_max(0)
 
 
 def _sigmoid(x: Tensor) -> Tensor:

@@ -1235,8 +1235,12 @@ def capturable(t: Any) -> Any:
     return optimizer
 
 
-def with_lr(lr: float, state: dict[str, Any]) -> dict[str, Any]:
-    return {**state, "param_groups": [{**group, "lr": lr} for group in state["param_groups"]]}
+def with_option(state: dict[str, Any], **option: Any) -> dict[str, Any]:
+    return {**state, "param_groups": [group | option for group in state["param_groups"]]}
+
+
+def with_state(state: dict[str, Any], **part: Any) -> dict[str, Any]:
+    return {**state, "state": {key: of_one | part for key, of_one in state["state"].items()}}
 
 
 def average(t: Any) -> ExponentialMovingAverage:
@@ -1584,8 +1588,45 @@ OPTIMIZERS = [
         ValueError,
         "Adam.load_state_dict: .*`lr`, got nan",
         stepped,
-        lambda t: with_lr(NAN, stepped(t).state_dict()),
+        lambda t: with_option(stepped(t).state_dict(), lr=NAN),
         differs=SILENT,
+    ),
+    *(
+        row(
+            f"Adam: a state with {key} of {value}",
+            lambda t, optimizer, state: optimizer.load_state_dict(state),
+            error,
+            f"Adam.load_state_dict: .*`{key}`.*got {re.escape(repr(value))}",
+            stepped,
+            lambda t, key=key, value=value: with_option(stepped(t).state_dict(), **{key: value}),
+            differs=SILENT,
+        )
+        for key, value, error in (
+            ("lr", "x", TypeError),
+            ("betas", (2.0, 0.9), ValueError),
+            ("betas", (0.9, 0.9, 0.9), ValueError),
+            ("eps", -1.0, ValueError),
+            ("weight_decay", -5.0, ValueError),
+            ("max_norm", -1.0, ValueError),
+        )
+    ),
+    *(
+        row(
+            f"Adam: a state with {key} of {value}",
+            lambda t, optimizer, state: optimizer.load_state_dict(state),
+            error,
+            f"Adam.load_state_dict: .*`{key}`.*got {said}",
+            stepped,
+            lambda t, key=key, value=value: with_state(stepped(t).state_dict(), **{key: value}),
+            differs="torch takes it, or fails when it has taken a part",
+        )
+        for key, value, said, error in (
+            ("step", "7", "'7'", TypeError),
+            ("step", torch.tensor(NAN), "nan", ValueError),
+            ("step", torch.tensor(-1.0), "-1.0", ValueError),
+            ("exp_avg", [0.0, 0.0, 0.0], "list", TypeError),
+            ("exp_avg_sq", None, "NoneType", TypeError),
+        )
     ),
     row(
         "clip_grad_norm_: a negative norm",
@@ -1687,6 +1728,22 @@ AVERAGES = [
         state_of_average(decay=2.0),
     ),
     row(
+        "average: a state of lists",
+        lambda ema, state: ema.load_state_dict(state),
+        TypeError,
+        "load_state_dict: .*`averages`, got list",
+        average,
+        state_of_average(averages=[[0.0, 0.0, 0.0]]),
+    ),
+    row(
+        "average: a state of complex numbers",
+        lambda ema, state: ema.load_state_dict(state),
+        NotImplementedError,
+        "load_state_dict: .*`averages`, got torch.complex64",
+        average,
+        state_of_average(averages=[torch.zeros(3, dtype=torch.complex64)]),
+    ),
+    row(
         "average: a state of something else",
         lambda ema: ema.load_state_dict({"weight": torch.ones(3)}),
         KeyError,
@@ -1753,6 +1810,27 @@ CONVERTING = [
         lambda model: torchref.convert(model, exclude=["head"]),
         ValueError,
         "convert: .*`exclude`, got 'head'",
+        lambda _: pair(),
+    ),
+    row(
+        "convert: exclude a name that is in no list",
+        lambda model: torchref.convert(model, exclude="0"),
+        TypeError,
+        "convert: .*`exclude`, got '0'",
+        lambda _: pair(),
+    ),
+    row(
+        "convert: exclude 5",
+        lambda model: torchref.convert(model, exclude=5),
+        TypeError,
+        "convert: .*`exclude`, got 5",
+        lambda _: pair(),
+    ),
+    row(
+        "convert: fuse is a word",
+        lambda model: torchref.convert(model, fuse="no"),
+        TypeError,
+        "convert: .*`fuse`, got 'no'",
         lambda _: pair(),
     ),
     row(

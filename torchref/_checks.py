@@ -12,10 +12,10 @@ def require_tensor(name: str, argument: str, x: Any) -> None:
         raise TypeError(f"{name}: expected a tensor `{argument}`, got {type(x).__name__}")
 
 
-def require_floating(name: str, input: Any) -> None:
-    require_tensor(name, "input", input)
-    if not input.is_floating_point():
-        raise NotImplementedError(f"{name}: expected a floating point `input`, got {input.dtype}")
+def require_floating(name: str, x: Any, argument: str = "input") -> None:
+    require_tensor(name, argument, x)
+    if not x.is_floating_point():
+        raise NotImplementedError(f"{name}: expected a floating point `{argument}`, got {x.dtype}")
 
 
 def require_number(name: str, argument: str, x: Any) -> None:

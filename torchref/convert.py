@@ -81,7 +81,8 @@ def convert(
         What was swapped, and what was left and why.
 
     Raises:
-        TypeError: ``model`` is no module, or wrapped for several devices or compiled.
+        TypeError: ``model`` is no module, or wrapped for several devices or compiled; ``exclude``
+            is no list, or a flag no bool.
         ValueError: ``exclude`` names a module that is not there.
 
     Example:
@@ -93,6 +94,9 @@ def convert(
         <class 'torchref.nn.activation.ReLU'>
     """
     _check("convert", model)
+    for name, flag in (("functional", functional), ("fuse", fuse)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"convert: expected a bool as `{name}`, got {flag!r}")
     excluded = _excluded(model, exclude)
     swapped, left, already, notes = {}, {}, 0, []
     for name, module in model.named_modules():
@@ -336,6 +340,8 @@ def _options(module: nn.Module) -> list[str]:
 def _excluded(
     model: nn.Module, exclude: Iterable[str | type[nn.Module] | nn.Module]
 ) -> set[nn.Module]:
+    if isinstance(exclude, str) or not isinstance(exclude, Iterable):
+        raise TypeError(f"convert: expected a list as `exclude`, got {exclude!r}")
     named = list(model.named_modules(remove_duplicate=False))
     excluded = set()
     for item in exclude:

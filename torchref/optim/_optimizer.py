@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from torchref._checks import require_number
+from torchref._checks import require_number, require_tensor
 from torchref.autograd import opmath
 from torchref.dispatch import reads_values
 from torchref.internals import check_graph_capture, step_with_grad_mode
@@ -34,6 +34,7 @@ RANGES = {
     "ema_decay": (0, 1),
 }
 
+LOADED_RANGES = RANGES | {"lr": (-inf, inf)}  # a schedule's last may be rounded to below 0
 OPTIONAL = ("max_norm", "ema_decay", "state_dtype")  # which may be None
 
 
@@ -98,29 +99,11 @@ class Optimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def _check_options(self, options: dict[str, Any]) -> None:
-        name = type(self).__name__
-        options = {key: x for key, x in options.items() if x is not None or key not in OPTIONAL}
-        self._check_numbers(**options)
-        for key, (low, high) in RANGES.items():
-            if key in options and not _within(options[key], low, high):
-                raise ValueError(f"{name}: expected `{key}` in [{low}, {high}), got {options[key]}")
-        if not options.get("max_norm", 0) >= 0:
-            raise ValueError(f"{name}: expected `max_norm` >= 0, got {options['max_norm']}")
-        state_dtype = options.get("state_dtype")
-        if state_dtype not in (None, torch.float32):
-            raise ValueError(
-                f"{name}: expected `state_dtype` to be None or torch.float32, got {state_dtype}"
-            )
+        check_options(type(self).__name__, options, RANGES)
 
     def _check_numbers(self, **options: Any) -> None:
         """Types alone, before torch's constructor: of the ranges it speaks in words of its own."""
-        name = type(self).__name__
-        betas = options.get("betas", (0, 0))
-        if not (isinstance(betas, tuple | list) and len(betas) == 2):
-            raise ValueError(f"{name}: expected two numbers as `betas`, got {betas}")
-        for key in (*RANGES, "max_norm"):
-            for value in betas if key == "betas" else (options.get(key, 0),):
-                require_number(name, key, value)  # YAML makes words of 1e-3
+        check_numbers(type(self).__name__, options)
 
     @step_with_grad_mode
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -310,9 +293,7 @@ class Optimizer(torch.optim.Optimizer):
                     raise ValueError(
                         f"{name}: expected `{key}` in `param_groups`, got {', '.join(saved)}"
                     )
-            for key in RANGES:  # a schedule's last lr may be rounded to below 0
-                if not _within(saved.get(key), -inf, inf):
-                    raise ValueError(f"{name}: expected a finite `{key}`, got {saved[key]}")
+            check_options(name, saved, LOADED_RANGES)
             for p, key in zip(group["params"], saved["params"], strict=True):
                 self._check_loaded_state(name, p, state_dict["state"].get(key) or {})
 
@@ -320,11 +301,18 @@ class Optimizer(torch.optim.Optimizer):
         for key in self._loaded_states:
             if states and key not in states:
                 raise ValueError(f"{name}: expected `{key}` in `state`, got {', '.join(states)}")
-        for key in self._state_keys:
-            x = states.get(key)
-            if key in ("step", "ema_step") or not (isinstance(x, Tensor) and _are_whole(p, x)):
-                continue  # a process may hold a part alone, and only torch knows what fits it
-            if x.shape != p.shape:
+        for key in (key for key in self._state_keys if key in states):
+            x = states[key]
+            if key in ("step", "ema_step"):
+                require_number(name, key, x)
+                if not _within(x, 0, inf):
+                    raise ValueError(f"{name}: expected `{key}` in [0, inf), got {float(x)}")
+                continue
+            if x is None and key == "momentum_buffer":  # torch's, before its first step
+                continue
+            require_tensor(name, key, x)
+            # a process may hold a part alone, and only torch knows what fits it
+            if _are_whole(p, x) and x.shape != p.shape:
                 raise ValueError(
                     f"{name}: expected `{key}` of shape {tuple(p.shape)}, got {tuple(x.shape)}"
                 )
@@ -350,6 +338,34 @@ class Optimizer(torch.optim.Optimizer):
             for key in ("max_norm", "ema_decay", "ema_bias_correction", "state_dtype"):
                 if key in self.defaults:
                     group.setdefault(key, self.defaults[key])
+
+
+def check_options(
+    name: str, options: dict[str, Any], ranges: dict[str, tuple[float, float]]
+) -> None:
+    """Raise for the first option of a group that is out of its range."""
+    options = {key: x for key, x in options.items() if x is not None or key not in OPTIONAL}
+    check_numbers(name, options)
+    for key, (low, high) in ranges.items():
+        if key in options and not _within(options[key], low, high):
+            expected = f"a finite `{key}`" if low == -inf else f"`{key}` in [{low}, {high})"
+            raise ValueError(f"{name}: expected {expected}, got {options[key]}")
+    if not options.get("max_norm", 0) >= 0:
+        raise ValueError(f"{name}: expected `max_norm` >= 0, got {options['max_norm']}")
+    state_dtype = options.get("state_dtype")
+    if state_dtype not in (None, torch.float32):
+        raise ValueError(
+            f"{name}: expected `state_dtype` to be None or torch.float32, got {state_dtype}"
+        )
+
+
+def check_numbers(name: str, options: dict[str, Any]) -> None:
+    betas = options.get("betas", (0, 0))
+    if not (isinstance(betas, tuple | list) and len(betas) == 2):
+        raise ValueError(f"{name}: expected two numbers as `betas`, got {betas}")
+    for key in (*RANGES, "max_norm"):
+        for value in betas if key == "betas" else (options.get(key, 0),):
+            require_number(name, key, value)  # YAML makes words of 1e-3
 
 
 def _within(value: Any, low: float, high: float) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchref._checks import require_number
+from torchref._checks import require_floating, require_number
 from torchref.autograd import opmath
 
 
@@ -119,7 +119,10 @@ class ExponentialMovingAverage:
         Raises:
             ValueError: the shapes are not those of the followed tensors, or the decay or the number
                 of updates is out of range. Nothing is loaded then.
+            TypeError, NotImplementedError: the averages are no tensors, or not of real numbers.
         """
+        for saved in state_dict["averages"]:
+            require_floating("ExponentialMovingAverage.load_state_dict", saved, "averages")
         expected = [tuple(v.shape) for v in self.averages]
         given = [tuple(v.shape) for v in state_dict["averages"]]
         if expected != given:

@@ -225,7 +225,7 @@ def part_of_a_fit(rank, root, workers, devices, place=None, count=0):
             ExactResume(),
             Witness(root, rank),
             *([Trouble(place, count)] if place and last else []),
-            LastCheckpoint(root, every=5),
+            LastCheckpoint(root, every=5 // devices),
         ],
         logger=False,
         enable_progress_bar=False,
@@ -271,6 +271,20 @@ def test_a_fit_goes_on_in_the_middle_of_an_epoch(workers, devices, processes, tm
         lines = [batches(root, rank) for root in roots]
         assert len(lines[0]) == 2 * steps
         assert set(lines[0]) == set(lines[1])
+        # killed twice in the second epoch, which has not begun anew
+        assert len([line for line in lines[1] if line.startswith("1 0 ")]) == 1
+
+
+def test_workers_of_all_processes_draw_other_numbers():
+    def first(rank):
+        loader = ResumableDataLoader(
+            Noisy(), 4, shuffle=False, num_workers=1, num_replicas=2, rank=rank
+        )
+        x, _ = next(iter(loader))
+        return x[:, 0] - torch.arange(rank, 8, 2) / 48
+
+    assert same(first(0), first(0))
+    assert not torch.isclose(first(0), first(1)).any()
 
 
 def test_order_and_seeds_are_functions_of_seed_and_epoch():

@@ -149,9 +149,13 @@ def assert_same(actual, expected):
 
 
 @pytest.mark.parametrize("ours", [False, True], ids=["torch", "torchref"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_weights_statistics_and_optimizer_are_those_before_the_batch(name, ours):
-    optimizer = partial(getattr(torchref.optim if ours else torch.optim, name), lr=0.1)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*((name, {}) for name in OPTIMIZERS), ("SGD", {"fused": True}), ("Adam", {"fused": True})],
+    ids=str,
+)
+def test_weights_statistics_and_optimizer_are_those_before_the_batch(name, options, ours):
+    optimizer = partial(getattr(torchref.optim if ours else torch.optim, name), lr=0.1, **options)
     norm = torchref.nn.BatchNorm1d if ours else nn.BatchNorm1d
 
     def model():

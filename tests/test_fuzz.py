@@ -362,7 +362,10 @@ def normalized(
 ) -> Draw:
     # Two values become -1 and 1 whatever they are: their gradient is what cancelling leaves.
     two = of_itself and math.prod(shape) == 2 * shape[1]
-    return draw(tensors(shape, dtype, values, False if two else None))
+    # Torch adds the values of a channel one by one and, where all are the same, rounds in the same
+    # direction. In float64 it is the truth.
+    places = writable if dtype == torch.float64 else layouts
+    return draw(tensors(shape, dtype, values, False if two else None, places))
 
 
 def batch_norm_arguments(
@@ -386,10 +389,7 @@ def batch_norm_arguments(
 
 
 def added_upstreams(dtype: torch.dtype) -> st.SearchStrategy[Draw]:
-    """In float64, where torch is the truth, not one number for all.
-
-    Torch adds a channel's one by one and, where all are the same, rounds in the same direction.
-    """
+    """In float64 not one number for all, as in :func:`normalized`."""
 
     def various(draw: Draw) -> bool:
         return draw.values != "equal" and not draw.layout.startswith("expanded")

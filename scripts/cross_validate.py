@@ -19,6 +19,7 @@ from torchref.training.command_line import (
     describe,
     to_config,
 )
+from torchref.training.config import read_mapping
 from torchref.training.cross_validate import CrossValidation, folder_of, is_score
 
 
@@ -54,6 +55,7 @@ def main(argv: list[str] | None = None) -> None:
             saved = Path("runs") / folder_of(to_config(args)) / "cross_validation.yaml"
             if not saved.exists():
                 raise FileNotFoundError(f"resume: no cross-validation in {saved.parent}")
+            read_mapping(saved)
             args = parser.parse_args(["--config", str(saved), *argv])
         cv = CrossValidation(to_config(args), args.folds, args.method, args.repeats)
     except USER_ERRORS as error:

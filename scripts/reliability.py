@@ -11,6 +11,7 @@ Each row is a part of the test suite. Exit status 1 where something failed.
 import datetime
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from benchmarks.options import OneLineParser
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "reliability.md"
+LIMIT = 3 * 3600  # seconds for a row: several times what the longest takes on two cores
 BEGIN, END = "<!-- printed by scripts/reliability.py -->\n", "<!-- end -->\n"
 
 
@@ -113,20 +115,36 @@ def run(area: Area, quick: bool) -> Found:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         markers = "not slow and not gpu" if quick else "not gpu"
-        pytest = [sys.executable, "-m", "pytest", "-q", "-m", markers, "-p", "no:cacheprovider"]
-        process = subprocess.run(
-            [*pytest, f"--junitxml={report}", *area.files],
-            cwd=ROOT,
-            env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        pytest = [sys.executable, "-m", "pytest", "-v", "-m", markers, "-p", "no:cacheprovider"]
+        code, output = finish([*pytest, f"--junitxml={report}", *area.files])
         seconds = time.monotonic() - start
-        if process.returncode not in (0, 1):  # neither passed nor failed
-            last = process.stdout.strip().splitlines()[-1:]
-            return Found(Counter(), Counter(), [f"pytest did not run: {' '.join(last)}"], seconds)
+        if code not in (0, 1):  # neither passed nor failed
+            last = " ".join(output.strip().splitlines()[-1:])  # names the test that hangs
+            wrong = f"not done after {LIMIT} s" if code is None else "pytest did not run"
+            return Found(Counter(), Counter(), [f"{wrong}: {last}"], seconds)
         return read(report.read_text(), seconds)
+
+
+def finish(command: list[str]) -> tuple[int | None, str]:
+    """Exit status and output; no status where it had to be ended, with the processes it started."""
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=LIMIT)
+            return process.returncode, output
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return None, process.communicate()[0]
+        except KeyboardInterrupt:  # Ctrl-C does not reach another session
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
 
 
 def read(xml: str, seconds: float) -> Found:

@@ -12,6 +12,8 @@ import csv
 import os
 import signal
 import sys
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -104,7 +106,10 @@ def train(parser: OneLineParser, argv: list[str]) -> None:
         raise
     if run.trainer.is_global_zero:
         summarize(run, metrics)
-        write_report(run, metrics, run.path / "report.html")
+        try:
+            write_report(run, metrics, run.path / "report.html")
+        except OSError as error:
+            parser.error(describe(error))
     if metrics["best_epoch"] is None:
         parser.exit(1, "no usable model: val_loss was never finite\n")
 
@@ -217,44 +222,69 @@ def read(path: str, model: MLPClassifier | MLPRegressor, target: str | None = No
     inputs = model.hparams["inputs"]
     if inputs["kind"] == "text":
         return read_texts(path, target)
-    columns, shape = inputs.get("columns"), inputs.get("shape")
-    return read_features(
+    columns, image = inputs.get("columns"), inputs.get("shape")
+    samples = read_features(
         path,
         columns and [Column(*column) for column in columns],
-        shape=shape and tuple(shape),
+        shape=image and tuple(image),
         missing="impute" if inputs.get("missing") else "refuse",
         target=target,
     )
+    features = model.hparams["features"]
+    if samples.shape[1] != features:
+        shape = tuple(samples.shape)
+        raise ValueError(f"{path}: expected {features} features, got shape {shape}")
+    return samples
 
 
 def predict(parser: OneLineParser, argv: list[str]) -> None:
     args = parser.parse_args(argv)
-    out = csv.writer(sys.stdout, lineterminator="\n")
     try:
-        model = load(Path(args.run) / "best.ckpt")
-        if isinstance(model, MLPRegressor):
-            if args.threshold is not None or args.target is not None:
-                raise ValueError("threshold, target: expected a model of classes, not of values")
-            values = model.predict(read(args.file, model)).tolist()
-            out.writerows([["value"], *([f"{value:.6g}"] for value in values)])
-            return
-        classes = model.hparams["classes"]
-        truth = None if args.target is None else as_classes(args.file, args.target, classes)
-        probabilities = model.predict_proba(read(args.file, model, args.target))
-        decided = probabilities.argmax(-1)
-        if args.threshold is not None:
-            decided = decide(probabilities, args.threshold)
+        rows, remarks = predictions(args)
     except USER_ERRORS as error:
         parser.error(describe(error))
-    out.writerow(["class", *(f"p({name})" for name in classes)])
-    for label, row in zip(decided.tolist(), probabilities.tolist(), strict=True):
-        name = "abstain" if label == -1 else classes[label]
-        out.writerow([name, *(f"{p:.4f}" for p in row)])
+    except MemoryError:
+        parser.error(f"{args.file}: too large for the memory")
+    write(parser, rows)
+    for remark in remarks:
+        print(remark, file=sys.stderr)
+
+
+def predictions(args: Any) -> tuple[Iterator[list[str]], list[str]]:
+    """The rows to print, and what to tell beside them."""
+    model = load(Path(args.run) / "best.ckpt")
+    if isinstance(model, MLPRegressor):
+        if args.threshold is not None or args.target is not None:
+            raise ValueError("threshold, target: expected a model of classes, not of values")
+        values = model.predict(read(args.file, model)).tolist()
+        return chain([["value"]], ([f"{value:.6g}"] for value in values)), []
+    classes = model.hparams["classes"]
+    truth = None if args.target is None else as_classes(args.file, args.target, classes)
+    probabilities = model.predict_proba(read(args.file, model, args.target))
+    decided, remarks = probabilities.argmax(-1), []
     if args.threshold is not None:
+        decided = decide(probabilities, args.threshold)
         count = int((decided == -1).sum())
-        print(f"abstained on {count} of {len(decided)}, below {args.threshold}", file=sys.stderr)
+        remarks.append(f"abstained on {count} of {len(decided)}, below {args.threshold}")
     if truth is not None:
-        print(judge(probabilities, truth), file=sys.stderr)
+        remarks.append(judge(probabilities, truth))
+    header = ["class", *(f"p({name})" for name in classes)]
+    names = ["abstain" if label == -1 else classes[label] for label in decided.tolist()]
+    numbered = zip(names, probabilities.tolist(), strict=True)
+    return chain([header], ([name, *(f"{p:.4f}" for p in row)] for name, row in numbered)), remarks
+
+
+def write(parser: OneLineParser, rows: Iterable[list[str]]) -> None:
+    """Print rows as CSV; a reader that has enough, as `head`, is no error to tell of."""
+    try:
+        csv.writer(sys.stdout, lineterminator="\n").writerows(rows)
+        sys.stdout.flush()
+    except OSError as error:
+        # Python flushes once more at its end: what is left goes nowhere, instead of failing again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            parser.exit(1)  # as Python's documentation has it, "Note on SIGPIPE"
+        parser.error(f"the predictions cannot be written: {error.strerror}")
 
 
 def as_classes(path: str, target: str, classes: list[str]) -> Tensor:

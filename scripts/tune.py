@@ -22,6 +22,7 @@ from torchref.training.command_line import (
     describe,
     to_config,
 )
+from torchref.training.config import read_mapping
 from torchref.training.tune import DEFAULT, Results, describe_params, search_folder, tune
 
 SHOWN = ("best.yaml", "trials.csv", "history.png", "importance.png", "sweep.png")
@@ -108,13 +109,14 @@ def read(parser: OneLineParser, argv: list[str]) -> tuple[Any, Path]:
     args = parser.parse_args(argv)
     try:
         path = Path("runs") / search_folder(to_config(args))
-    except ValueError as error:
+        if args.resume:
+            saved = path / "search.yaml"
+            if not saved.exists():
+                raise FileNotFoundError(f"resume: no search in {path}")
+            read_mapping(saved)
+            args = parser.parse_args(["--config", str(saved), *argv])
+    except USER_ERRORS as error:
         parser.error(describe(error))
-    saved = path / "search.yaml"
-    if args.resume and not saved.exists():
-        parser.error(f"resume: no search in {path}")
-    if args.resume:
-        args = parser.parse_args(["--config", str(saved), *argv])
     return args, path
 
 

@@ -5,8 +5,8 @@ does. For each target it says how many registers a thread may have, how many loa
 code must be wide (128 bits or more) and how many may be narrow. Nothing may spill. Both kinds are
 counted as the compiler emits them: the full tile and the masked one, and not how often they run.
 
-One table serves every supported Triton, so it holds the worst of them. Under each of them, 3.6 and
-3.9 today,
+One table serves every supported Triton, so it holds the worst of them. Under each of them, 3.6, 3.8
+and 3.9 today,
 
     python tests/test_kernels_compile.py --update
 

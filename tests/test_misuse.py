@@ -3187,7 +3187,7 @@ COMMANDS = [
         "compare: a damaged run",
         "compare",
         "runs/a",
-        "runs/a: damaged: ",
+        "runs/a/metrics.json is damaged: ",
         {**HALF_A_RUN, "runs/a/metrics.json": "{"},
     ),
     Command(

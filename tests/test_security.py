@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import sqlite3
 import struct
 import subprocess
@@ -27,6 +28,7 @@ import yaml
 from torchref.data import images, load_dataset
 from torchref.data.images import read_folder
 from torchref.data.reading import HARMLESS
+from torchref.training import AtomicCheckpointIO, read_checkpoint
 from torchref.training.config import Config
 
 ROOT = Path(__file__).parent.parent
@@ -249,7 +251,9 @@ ALIASES = "a: &a [1, 1]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in pai
     ],
 )
 def test_no_configuration_is_larger_than_its_file(here, capsys, name, file, arguments):
-    """With 30 such lines it would have a billion numbers."""
+    """With 30 such lines it would have a billion numbers, and so deep a one takes hours."""
+    (here / file).write_text("drop: " + "[" * 100_000)
+    assert "expected values, not lists in lists, line 1" in refuses(name, arguments.split(), capsys)
     (here / file).write_text(ALIASES)
     assert "expected values, not aliases, got *a, line 2" in refuses(
         name, arguments.split(), capsys
@@ -296,11 +300,51 @@ def test_a_checkpoint_names_no_function(here, tmp_path, capsys, monkeypatch):
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w').close()")
     monkeypatch.syspath_prepend(tmp_path)
     path = here / "runs" / "iris" / "best.ckpt"
-    saved = torch.load(path, weights_only=True)
+    saved = read_checkpoint(path)
     saved["hyper_parameters"]["_instantiator"] = "evil.make"
     torch.save(saved, path)
     refuses("train", ["predict", "a.csv", "--run", "runs/iris"], capsys)
     assert not (tmp_path / "marker").exists()
+
+
+@pytest.fixture
+def soon():
+    """Reading a pipe that nobody writes to would wait forever."""
+
+    def late(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="waits for pipes with names")
+@pytest.mark.parametrize("file", ["last.ckpt", "config.yaml", "metrics.json"])
+def test_a_pipe_is_no_file_of_a_run(here, soon, capsys, file):
+    (here / "runs" / "iris" / file).unlink()
+    os.mkfifo(here / "runs" / "iris" / file)
+    error = refuses("train", ["--resume", "--name", "iris", "--epochs", "3"], capsys)
+    assert f"{file}: expected a file, got a pipe" in error
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="waits for pipes with names")
+def test_a_pipe_is_no_checkpoint(tmp_path, soon):
+    os.mkfifo(tmp_path / "best.ckpt")
+    for read in (read_checkpoint, AtomicCheckpointIO().load_checkpoint):
+        with pytest.raises(ValueError, match=r"best.ckpt: expected a file, got a pipe"):
+            read(tmp_path / "best.ckpt")
+
+
+def test_a_checkpoint_in_part_ends_in_one_line(here, capsys):
+    path = here / "runs" / "iris" / "last.ckpt"
+    saved = read_checkpoint(path)
+    for name in ("state_dict", "optimizer_states", "ExactResume", "loops"):
+        AtomicCheckpointIO().save_checkpoint({k: saved[k] for k in saved if k != name}, path)
+        error = refuses("train", ["--resume", "--name", "iris", "--epochs", "3"], capsys)
+        assert name in error
 
 
 # Where files go.
@@ -396,8 +440,9 @@ def write_refused(folder: Path) -> dict[str, tuple[str, str]]:
     for name, content in contents.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
-    (folder / "sparse.csv").touch()
-    os.truncate(folder / "sparse.csv", 2**34)
+    for name in ("sparse.csv", "sparse.txt"):
+        (folder / name).touch()
+        os.truncate(folder / name, 2**34)
     with zipfile.ZipFile(folder / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("x.npy", bytes(HARMLESS + 1))
     for name in (
@@ -421,6 +466,7 @@ def write_refused(folder: Path) -> dict[str, tuple[str, str]]:
         "line.csv": ("csv", "row 1: not a CSV file: over 16777216 characters"),
         "quote.csv": ("csv", "not a CSV file: over 16777216 characters"),
         "sparse.csv": ("csv", "row 1: not a CSV file: over 16777216 characters"),
+        "sparse.txt": ("read_texts", "row 1: not a text: over 16777216 characters"),
         "nul.csv": ("csv", "row 2: not a CSV file: a NUL"),
         "columns.csv": ("csv", "row 3: expected 1000000 columns, got 1"),
         "pictures.16": ("folder", f"cat/a.png: {picture}: expected 8 bits for each channel"),

@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from types import ModuleType
 
@@ -111,6 +112,8 @@ def test_features_from_csv_and_npy_agree(tmp_path):
     [
         (np.zeros(3), "got float64 of shape"),
         (np.zeros(()), "got float64 of shape"),
+        (np.zeros((3, 2, 2)), r"got float64 of shape \(3, 2, 2\)"),
+        (np.zeros((0, 2)), r"expected one sample or more, got shape \(0, 2\)"),
         (np.array([["a"]]), "got <U1"),
         (np.array([[1.0, np.nan]]), "row 1, column 2: nan is not finite"),
         (np.array([[1.0, {}]], dtype=object), "not a .npy file of numbers"),
@@ -556,6 +559,8 @@ def test_texts(tmp_path):
     assert read_texts(tmp_path / "a.txt") == ["one line", "another"]
     with pytest.raises(ValueError, match="images: this is a set of text"):
         _ = data.images
+    (tmp_path / "a.txt").write_bytes("\ufeffone\u2028line\r\n\nlast".encode())
+    assert read_texts(tmp_path / "a.txt") == ["one\u2028line", "", "last"]
     path.write_text("label,review\nham,see you\nspam,buy now\n")
     data = load_dataset(f"text:{path}", target="label")
     assert (data.x, data.classes) == (["see you", "buy now"], ["ham", "spam"])
@@ -637,6 +642,8 @@ IMAGES = idx(np.zeros((6, 2, 3), np.uint8))
             "expected images and as many label",
         ),
         ("t10k_images_idx3_ubyte", idx(np.zeros((4, 3, 3), np.uint8)), r"\(3, 3\) pixels, the oth"),
+        ("train_images_idx3_ubyte", idx(np.zeros((6, 0, 3), np.uint8)), "expected images and as"),
+        ("train_images_idx3_ubyte", idx(np.zeros((6, 2, 3), ">f4"), 13), "expected unsigned bytes"),
         # 4 GiB announced, nothing there
         ("train_images_idx3_ubyte", b"\0\0\x08\1\xff\xff\xff\xff", "truncated: .* got 0"),
     ],
@@ -725,6 +732,21 @@ def test_what_is_wrong_in_a_folder_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "no rows; expected a text each"),
+        (b"good\nb\0ad\n", "row 2: not a text: a NUL"),
+        (b"good\n" * 5000 + b"\xff\n", "row 5001: not a text in UTF-8: invalid start byte"),
+    ],
+    ids=["empty", "nul", "latin"],
+)
+def test_what_is_no_file_of_texts_is_named(tmp_path, content, message):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=f"a.txt: {message}"):
+        read_texts(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize(
     ("shape", "images"),
     [((6, 4), None), ((6, 2, 3), (1, 2, 3)), ((6, 3, 2, 2), (3, 2, 2)), ((6, 5, 4, 3), (3, 5, 4))],
 )
@@ -766,6 +788,26 @@ def test_npz_of_tables_and_images(tmp_path, shape, images):
             },
             "y_test: row 2: 'nan' is missing",
         ),
+        ({"x": np.zeros((2, 2)), "y": np.array([1j, 2])}, "y: expected .* names, got complex128"),
+        (
+            {
+                "x_train": np.zeros((2, 2)),
+                "y_train": np.array([0, 1]),
+                "x_test": np.zeros((2, 2)),
+                "y_test": np.array(["2024-01-27", "2024-01-28"], "M8[D]"),
+            },
+            r"y_test: expected numbers or names, got datetime64\[D\]",
+        ),
+        (
+            {
+                "x_train": np.zeros((2, 2)),
+                "y_train": np.array([0, 1]),
+                "x_test": np.zeros((2, 2)),
+                "y_test": np.array(["a", "b"]),
+            },
+            "y_train, y_test: expected numbers or names in both, got int64 and <U1",
+        ),
+        ({"x": np.zeros((2, 0)), "y": np.arange(2)}, "2 to 4 dimensions"),
         ({"x": np.array([["a"]]), "y": np.zeros(1)}, "expected numbers like x's, got <U1"),
         ({"x": np.array([[{}]]), "y": np.zeros(1)}, "not an .npz file of arrays"),
     ],
@@ -823,12 +865,24 @@ def test_gray_images_and_other_shapes(tmp_path):
         ValueError, match=r"\(N, 6\), \(N, 1, 3, 2\), \(N, 3, 2\) or \(N, 3, 2, 1\)"
     ):
         read_features(path, shape=(1, 3, 2))
+    np.save(path, np.zeros((0, 2, 3)))
+    with pytest.raises(ValueError, match=r"one sample or more, got shape \(0, 2, 3\)"):
+        read_features(path, shape=(1, 2, 3))
+    np.save(path, np.arange(-1, 5).reshape(1, 2, 3))
+    with pytest.raises(ValueError, match=r"a.npy: expected pixels from 0 on, got -1"):
+        read_features(path, shape=(1, 2, 3))
 
 
 def test_an_npz_that_is_none(tmp_path):
     (tmp_path / "a.npz").write_text("no zip")
     with pytest.raises(ValueError, match=r"a.npz: not an .npz file"):
         load_dataset(f"npz:{tmp_path}/a.npz")
+    np.save(tmp_path / "y.npy", [0, 1])
+    with zipfile.ZipFile(tmp_path / "b.npz", "w") as archive:
+        archive.writestr("x.npy", "0,1")  # NumPy gives what is no array as bytes
+        archive.write(tmp_path / "y.npy", "y.npy")
+    with pytest.raises(ValueError, match=r"b.npz: expected arrays x and y, .* no x_train among y"):
+        load_dataset(f"npz:{tmp_path}/b.npz")
     with pytest.raises(FileNotFoundError):
         load_dataset(f"npz:{tmp_path}/none.npz")
 

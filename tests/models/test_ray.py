@@ -1,6 +1,7 @@
 """The search by Ray Tune, with two workers on this machine."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,6 +84,15 @@ def test_killed_and_resumed(tmp_path):
     assert len(ended) == len(done.stderr.splitlines())
     assert done.stdout.count("'lr'") == 8
     assert done.stdout.count("'complete'") + done.stdout.count("'pruned'") == 8
+
+
+def test_a_search_whose_trials_are_lost_does_not_begin_anew(tmp_path):
+    asked = {"search": ["lr=0.01,0.1"], "engine": "ray", "root": tmp_path, "trials": 1}
+    path = tune(IRIS, **asked).path
+    shutil.rmtree(path / "ray")
+    with pytest.raises(FileNotFoundError, match="resume: .*ray is missing"):
+        tune(IRIS, resume=True, **asked)
+    assert [trial.name for trial in (path / "trials").iterdir()] == ["0"]
 
 
 def test_ranges_are_as_optuna_draws_them():

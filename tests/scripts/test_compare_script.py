@@ -16,6 +16,18 @@ def test_a_table_side_by_side(tmp_path, capsys):
     assert (tmp_path / "c.png").exists()
 
 
+def test_a_damaged_run_is_one_line(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("lr: 0.1\n")
+    (tmp_path / "metrics.json").write_text("{}")
+    (tmp_path / "metrics.csv").write_text("epoch,val_loss\n0,1.0,5,6\n")
+    with pytest.raises(SystemExit) as stopped:
+        main([str(tmp_path)])
+    assert stopped.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "metrics.csv is damaged: line 2 has more cells than the header" in err
+
+
 @pytest.mark.parametrize("arguments", [["nowhere"], [], ["x", "--pictures", "y"]])
 def test_wrong_commands_are_one_line(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from torchref.training import cross_validate
+from torchref.training.checkpoint import alone
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -125,6 +126,33 @@ def test_a_diverged_fold_is_no_success(here, capsys):
     out, err = capsys.readouterr()
     assert "loss      mean not finite" in out
     assert err == "no usable model in fold 1, 2, 3: val_loss was never finite\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("fold-1/metrics.json", "{}", "resume: runs/k/fold-1/metrics.json is damaged: epochs is"),
+        ("cross_validation.yaml", "", "runs/k/cross_validation.yaml is damaged: expected names"),
+    ],
+)
+def test_a_damaged_file_is_named(here, capsys, file, text, message):
+    script.main(list(SHORT))
+    capsys.readouterr()
+    (here / "runs" / "k" / file).write_text(text)
+    assert message in fails(capsys, "--resume", "--name", "k")
+
+
+@pytest.mark.parametrize("more", [(), ("--resume",)])
+def test_a_folder_that_another_one_is_at_is_left_alone(here, capsys, more):
+    folder = Path("runs/k")
+    folder.mkdir(parents=True)
+    (folder / "cross_validation.yaml").write_text("lr: 0.1\n")
+    with alone(folder / ".cross_validation.lock", "cross-validation"):
+        assert fails(capsys, *SHORT, *more) == (
+            "cross_validate.py: error: runs/k: another cross-validation is writing to it; "
+            "--name names another folder\n"
+        )
+    assert [path.name for path in folder.iterdir()] == ["cross_validation.yaml"]
 
 
 def test_resume_keeps_what_the_command_line_leaves_open(here, capsys):

@@ -1,5 +1,7 @@
 """The table of faults tried: what it counts, and that the page has what the script printed."""
 
+import os
+import select
 from collections import Counter
 
 import pytest
@@ -93,6 +95,23 @@ def test_a_suite_that_cannot_run_is_a_failure(monkeypatch):
     area = AREAS["leaks"]._replace(files=("tests/no_such_file.py",))
     found = reliability.run(area, quick=True)
     assert len(found.failures) == 1
+
+
+def test_a_test_that_hangs_is_a_failure(monkeypatch, tmp_path):
+    """It is named, and what it started is ended with it."""
+    held = tmp_path / "held"
+    os.mkfifo(held)
+    reader = os.open(held, os.O_RDONLY | os.O_NONBLOCK)
+    hang = f"subprocess.run(['sleep', '600'], stdout=open({str(held)!r}, 'w'))"
+    (tmp_path / "test_hang.py").write_text(f"import subprocess\ndef test_hangs():\n    {hang}\n")
+    monkeypatch.setattr(reliability, "LIMIT", 20)  # pytest starts in two or three
+    area = AREAS["leaks"]._replace(files=(f"{tmp_path}/test_hang.py",))
+    found = reliability.run(area, quick=True)
+    (failure,) = found.failures
+    assert failure.startswith("not done after 20 s: ")
+    assert failure.endswith("test_hang.py::test_hangs")
+    assert select.select([reader], [], [], 10)[0] == [reader]  # its end: nobody holds it
+    os.close(reader)
 
 
 def test_the_page_is_the_whole_table():

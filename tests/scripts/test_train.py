@@ -223,11 +223,70 @@ def test_predict_names_what_is_wrong_with_the_file(iris, monkeypatch, capsys):
     Path("wide.csv").write_text("1,2,3,4,5\n")
     Path("bad.csv").write_text("1,2,3,4\n1,2,?,4\n")
     run = ("--run", "runs/iris")
-    assert "expected 4 features, got shape (1, 5)" in fails(capsys, "predict", "wide.csv", *run)
+    wrong = fails(capsys, "predict", "wide.csv", *run)
+    assert "error: wide.csv: expected 4 features, got shape (1, 5)" in wrong
     assert "row 2, column 3: '?'" in fails(capsys, "predict", "bad.csv", *run)
     assert "none.csv: No such file" in fails(capsys, "predict", "none.csv", *run)
     wrong = fails(capsys, "predict", "bad.csv", *run, "--threshold", "x")
     assert "threshold: expected float" in wrong
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((0, 4), "expected one sample or more, got shape (0, 4)"),
+        ((3, 0), "expected 4 features, got shape (3, 0)"),
+        (
+            (3, 2, 2),
+            "expected numbers of shape (samples, features), got float64 of shape (3, 2, 2)",
+        ),
+    ],
+)
+def test_predict_takes_rows_of_the_model_s_features(iris, monkeypatch, capsys, shape, message):
+    monkeypatch.chdir(iris)
+    np.save("x.npy", np.zeros(shape))
+    line = fails(capsys, "predict", "x.npy", "--run", "runs/iris")
+    assert line == f"train.py predict: error: x.npy: {message}\n"
+
+
+def test_predict_names_a_file_that_is_too_large(iris, monkeypatch, capsys):
+    def read_features(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.chdir(iris)
+    monkeypatch.setattr(train, "read_features", read_features)
+    line = fails(capsys, "predict", "x.npy", "--run", "runs/iris")
+    assert line == "train.py predict: error: x.npy: too large for the memory\n"
+
+
+def predict_into(output, folder):
+    """In a process of its own, as Python writes what is left when it ends."""
+    np.save(folder / "x.npy", np.zeros((3, 4)))
+    return subprocess.run(
+        [sys.executable, SCRIPT, "predict", "x.npy", "--run", "runs/iris"],
+        cwd=folder,
+        env=os.environ | {"PYTHONUNBUFFERED": ""},
+        stdout=output,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=240,
+    )
+
+
+def test_predict_is_quiet_where_its_reader_has_gone(iris):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = predict_into(writer, iris)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="waits for a system with /dev/full")
+def test_predict_tells_of_a_full_disk_in_one_line(iris):
+    with open("/dev/full", "w") as full:
+        done = predict_into(full, iris)
+    message = "the predictions cannot be written: No space left on device"
+    assert (done.returncode, done.stderr) == (2, f"train.py predict: error: {message}\n")
 
 
 def houses():
@@ -278,6 +337,8 @@ def test_predict_texts_and_tell_log_loss_and_coverage(here, capsys):
     Path("new.txt").write_text("A lovely, warm film\nBroken\n")
     train.main(["predict", "new.txt", "--run", "runs/reviews"])
     assert capsys.readouterr().out == out
+    line = fails(capsys, "predict", "empty.txt", "--run", "runs/reviews", text="")
+    assert line == "train.py predict: error: empty.txt: no rows; expected a text each\n"
     line = fails(capsys, "predict", "new.csv", "--run", "runs/reviews", "--target", "text")
     assert "target: sample 1: 'A lovely, warm film' is none of negative, positive" in line
 

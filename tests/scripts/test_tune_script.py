@@ -10,6 +10,8 @@ import pytest
 import torch
 import yaml
 
+from torchref.training.checkpoint import alone
+
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec"),  # Lightning on torch's newer pytree
@@ -61,12 +63,36 @@ def fails(capsys, *arguments):
         (["--dataset", "none"], "dataset: expected"),
         (["--dataset", "csv:none.csv"], "none.csv: No such file"),
         (["--name", "../up"], "name: expected a plain folder name"),
+        (["--name", "a\0b"], "name: expected a plain folder name, got 'a\\x00b'"),
         (["--devices", "2"], "devices: expected 1"),
         (["--resume", "--name", "none"], "resume: no search in runs/none"),
     ],
 )
 def test_a_wrong_command_ends_with_one_line_and_status_2(capsys, arguments, message):
     assert message in fails(capsys, *arguments)
+
+
+@pytest.mark.parametrize("text", ["", "lr: [", "- a"])
+def test_a_damaged_search_is_named(capsys, text):
+    Path("runs/tune-iris").mkdir(parents=True)
+    Path("runs/tune-iris/search.yaml").write_text(text)
+    message = "tune.py: error: runs/tune-iris/search.yaml is damaged: "
+    assert fails(capsys, "--resume", "--dataset", "iris").startswith(message)
+
+
+@pytest.mark.parametrize("more", [(), ("--resume",)])
+def test_a_search_that_another_one_is_at_is_left_alone(capsys, more):
+    folder = Path("runs/tune-iris")
+    (folder / "trials").mkdir(parents=True)
+    for name in ("search.yaml", "study.db"):
+        (folder / name).write_text("lr: 0.1\n")
+    with alone(folder / ".search.lock", "search"):
+        assert fails(capsys, *SMALL, *more) == (
+            "tune.py: error: runs/tune-iris: another search is writing to it; "
+            "--name names another folder\n"
+        )
+    names = {"search.yaml", "study.db", "trials"}
+    assert {path.name for path in folder.iterdir()} == names
 
 
 def test_a_search_from_a_file_and_what_it_prints(capsys):

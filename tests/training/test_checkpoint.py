@@ -2,8 +2,10 @@
 
 import errno
 import io
+import math
 import os
 import resource
+import shutil
 import zipfile
 from dataclasses import replace
 
@@ -16,7 +18,9 @@ from torchref.training import (
     Classifier,
     Config,
     DataModule,
+    EarlyStopping,
     LastCheckpoint,
+    RestoreBest,
     Run,
     read_checkpoint,
 )
@@ -42,11 +46,23 @@ def same(found, expected=SAVED):
 
 def test_a_checkpoint_is_torch_s_own_file(path):
     assert same(read_checkpoint(path))
-    assert same(torch.load(path, weights_only=True))
-    assert same(torch.load(path, weights_only=True, mmap=True))
+    told = SAVED | {"AtomicCheckpointIO": "sha256"}
+    assert same(torch.load(path, weights_only=True), told)
+    assert same(torch.load(path, weights_only=True, mmap=True), told)
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
         assert archive.comment.startswith(b"sha256:")
+
+
+def test_a_compressed_checkpoint_is_refused(path):
+    """Torch would unpack 268 MB of zeros from 262 kB; it compresses nothing itself."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    assert torch.load(path, weights_only=True)["epoch"] == 3
+    refused_by_both(path, r"last.ckpt: 'archive/data.pkl' is compressed")
 
 
 def test_files_of_torch_and_lightning_are_read(tmp_path):
@@ -57,17 +73,42 @@ def test_files_of_torch_and_lightning_are_read(tmp_path):
     assert same(read_checkpoint(tmp_path / "old.pt"))
 
 
+def refused_by_both(path, message):
+    with pytest.raises(ValueError, match=message):
+        read_checkpoint(path)
+    with pytest.raises(ValueError, match=message):
+        AtomicCheckpointIO().load_checkpoint(path, weights_only=True)
+
+
 def test_every_changed_byte_is_noticed(path):
     """Torch's own reader takes a changed weight as it is."""
+    AtomicCheckpointIO().save_checkpoint({"weights": torch.arange(5.0)}, path)
     whole = path.read_bytes()
-    for place in range(0, len(whole) - 73, len(whole) // 97):
+    for place in range(len(whole)):  # to the end: in the sum itself and in what marks it, too
         damaged = bytearray(whole)
         damaged[place] ^= 1
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"last.ckpt is damaged: its checksum"):
-            read_checkpoint(path)
-        with pytest.raises(ValueError, match=r"last.ckpt is damaged: its checksum"):
-            AtomicCheckpointIO().load_checkpoint(path)
+        refused_by_both(path, r"last.ckpt is damaged: its checksum (does not match|is missing)")
+
+
+@pytest.mark.parametrize(
+    "lose",
+    [lambda b: b + bytes(16), lambda b: b[:-71] + bytes(71), lambda b: b[:-5]],
+    ids=["appended", "zeroed", "cut"],
+)
+def test_a_changed_weight_is_noticed_where_the_sum_is_lost(path, lose):
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 64
+    path.write_bytes(lose(bytes(damaged)))
+    assert not torch.equal(torch.load(path, weights_only=True)["weights"], SAVED["weights"])
+    refused_by_both(path, r"last.ckpt is damaged: its checksum is missing")
+
+
+def test_what_is_read_is_what_was_saved(path):
+    """Written by torch again, it promises no sum."""
+    torch.save(read_checkpoint(path), path)
+    assert same(read_checkpoint(path))
+    assert same(AtomicCheckpointIO().load_checkpoint(path, weights_only=True))
 
 
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
@@ -239,6 +280,107 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
         Run(IRIS, resume="last", root=tmp_path)
 
 
+GENERATORS = ("ExactResume", 0, "generators")
+SHAPE = r"state_dict: net.0.weight: expected shape \(128, 4\), got"
+MISFITS = {  # where something else stands, None for nothing, and what is said
+    "no weights": (("state_dict",), None, "no 'state_dict'"),
+    "weights in a list": (("state_dict",), [], "'state_dict' is of type list"),
+    "a weight of another shape": (("state_dict", "net.0.weight"), torch.ones(3), SHAPE),
+    "a weight is missing": (("state_dict", "net.0.weight"), None, SHAPE),
+    "an unknown weight": (("state_dict", 1), "x", "state_dict: 1: expected nothing of that name"),
+    "no optimizer": (("optimizer_states",), None, "no 'optimizer_states'"),
+    "optimizer: none": (("optimizer_states",), [], "expected the state of one optimizer, got 0"),
+    "optimizer: a number": (("optimizer_states",), [5], "optimizer_states: AttributeError: 'int'"),
+    "optimizer: no groups": (
+        ("optimizer_states", 0, "param_groups"),
+        None,
+        "optimizer_states: KeyError: 'param_groups'",
+    ),
+    "no schedules": (("lr_schedulers",), None, "no 'lr_schedulers'"),
+    "loops: a text": (("loops",), "x", "is no run's checkpoint: no 'fit_loop'"),
+    "epochs: a text": (
+        ("loops", "fit_loop", "epoch_progress", "current", "processed"),
+        "x",
+        "'processed' is of type str",
+    ),
+    "batches: an older state": (
+        ("loops", "fit_loop", "state_dict", "combined_loader"),
+        [{"epoch": 1, "batches": 1}],
+        "state_dict: samples: expected 106, got None",
+    ),
+    "no ExactResume": (("ExactResume",), None, "ExactResume: expected a state of each process"),
+    "ExactResume: empty": (("ExactResume",), [], r"a state of each process, got \[\]"),
+    "ExactResume: a number": (("ExactResume",), [5], "ExactResume: damaged: TypeError"),
+    "generators: none": (GENERATORS, {}, "ExactResume: damaged: KeyError: 'torch'"),
+    "generators: torch": (
+        (*GENERATORS, "torch"),
+        torch.zeros(3, dtype=torch.uint8),
+        "ExactResume: damaged: RuntimeError: Expected a CPUGeneratorImplState of size",
+    ),
+    "generators: a place NumPy does not have": (
+        (*GENERATORS, "numpy", 2),
+        10**6,
+        r"numpy: expected a place in \[0, 624\], got 1000000",
+    ),
+    "generators: GPUs": ((*GENERATORS, "cuda"), ["x"], "cuda: expected bytes, got 'x'"),
+    "metrics: no tensor": (
+        ("ExactResume", 0, "metrics"),
+        {"val_scores.accuracy": {"tp": "x"}},
+        "val_scores.accuracy: expected tensors, of a state that the metric has, got 'tp'",
+    ),
+    "metrics: unknown": (
+        ("ExactResume", 0, "metrics"),
+        {"val_scores.accuracy": {"update": torch.ones(1)}},
+        "val_scores.accuracy: expected tensors, of a state that the metric has, got 'update'",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    root = tmp_path_factory.mktemp("trained")
+    Run(IRIS, root=root, progress=False).execute()
+    return root / "iris"
+
+
+@pytest.fixture
+def finished(trained, tmp_path):
+    """A copy of that folder."""
+    return shutil.copytree(trained, tmp_path / "iris")
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_changes(finished, misfit):
+    (*names, last), value, message = MISFITS[misfit]
+    saved = inner = read_checkpoint(finished / "last.ckpt")
+    for name in names:
+        inner = inner[name]
+    if value is None:
+        del inner[last]
+    else:
+        inner[last] = value
+    AtomicCheckpointIO().save_checkpoint(saved, finished / "last.ckpt")
+    before = {file: file.read_bytes() for file in finished.iterdir()}
+    with pytest.raises(ValueError, match=rf"^resume: .*last.ckpt .*{message}"):
+        Run(replace(IRIS, epochs=4), resume="last", root=finished.parent, progress=False)
+    assert {file: file.read_bytes() for file in finished.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"test_opened": 1e400, "seconds": 1}',
+        '{"test_opened": -1, "seconds": 1}',
+        '{"test_opened": 1, "seconds": 1e400}',
+        '{"test_opened": 1, "seconds": -1}',
+    ],
+)
+def test_counts_and_times_that_cannot_be_are_refused(finished, text):
+    (finished / "metrics.json").write_text(text)
+    with pytest.raises(ValueError, match=r"resume: .*metrics.json is damaged"):
+        Run(replace(IRIS, epochs=4), resume="last", root=finished.parent, progress=False)
+
+
 def test_a_damaged_configuration_is_named(tmp_path):
     Run(IRIS, root=tmp_path, progress=False).execute()
     for text in ("", "a: [", "just a text"):
@@ -307,3 +449,25 @@ def test_no_checkpoint_where_lightning_could_not_go_on(tmp_path, monkeypatch, op
     )
     trainer.fit(Classifier(torch.nn.Linear(4, 2), classes=2), data)
     assert saved[:-1] == at
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: LastCheckpoint("x", every="2"), TypeError, "save_every: expected an integer"),
+        (lambda: LastCheckpoint("x", every=1.5), TypeError, "save_every: .*, got 1.5"),
+        (lambda: LastCheckpoint("x", every=True), TypeError, "save_every: .*, got True"),
+        (lambda: Run(replace(IRIS, save_every="2")), TypeError, "^save_every: .*, got '2'"),
+        (lambda: EarlyStopping(patience="2"), TypeError, "patience: expected an integer, got '2'"),
+        (lambda: EarlyStopping(patience=2.5), TypeError, "patience: .*, got 2.5"),
+        (lambda: EarlyStopping(start_from_epoch=0.5), TypeError, "start_from_epoch: .* got 0.5"),
+        (lambda: EarlyStopping(min_delta="0"), TypeError, "min_delta: expected a number, got '0'"),
+        (lambda: EarlyStopping(min_delta=math.inf), ValueError, "min_delta: .* >= 0, got inf"),
+        (lambda: EarlyStopping(min_delta=math.nan), ValueError, "min_delta: .* >= 0, got nan"),
+        (lambda: EarlyStopping(monitor=None), TypeError, "monitor: .*name, got None"),
+        (lambda: RestoreBest(monitor=3), TypeError, "monitor: .*name, got 3"),
+    ],
+)
+def test_what_callbacks_are_not_made_with(make, error, message):
+    with pytest.raises(error, match=message):
+        make()

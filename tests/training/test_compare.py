@@ -1,8 +1,11 @@
+import csv
 import json
 
 import pytest
 import yaml
 
+from torchref.diagnostics.drawing import new_figure
+from torchref.training import compare as module
 from torchref.training.compare import compare, plot_runs, read_run
 
 
@@ -48,24 +51,52 @@ def test_a_picture(runs, tmp_path):
     assert (tmp_path / "a.png").stat().st_size > 5000
 
 
+def test_a_run_without_rows_is_drawn_without_points(tmp_path, monkeypatch):
+    """No style takes the place of the data that are not there, nor a folder's name that of TeX."""
+    made = []
+    monkeypatch.setattr(module, "new_figure", lambda size: made.append(new_figure(size)) or made[0])
+    name = "cost$^$"  # no formula of TeX
+    run = write_run(tmp_path / name, {}, {}, csv="epoch,step,train_loss,val_loss\n")
+    plot_runs([read_run(run)], tmp_path / "a.png")
+    (_, axes), *_ = made
+    assert [line.get_xydata().tolist() for line in axes.lines] == [[], []]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [name]
+
+
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("metrics.json", "{", "a: damaged: Expecting property name"),
-        ("metrics.json", "[]", "a: damaged: expected a mapping"),
+        ("metrics.json", "{", "a.metrics.json is damaged: Expecting property name"),
+        ("metrics.json", "[]", "a.metrics.json is damaged: expected names and values"),
+        ("metrics.json", "[" * 100_000, "a.metrics.json is damaged: maximum recursion depth"),
         ("config.yaml", "a: [", "a.config.yaml is damaged: while parsing"),
         (
             "config.yaml",
             "!!python/object/apply:os.system [true]",
             "a.config.yaml is damaged: could not determine",
         ),
-        ("metrics.csv", "epoch,val_loss\n0,x\n", "a: damaged: could not convert"),
+        ("metrics.csv", "epoch,val_loss\n0,x\n", "a.metrics.csv is damaged: could not convert"),
+        (
+            "metrics.csv",
+            "epoch,val_loss\n0,1.0,5,6\n",
+            "a.metrics.csv is damaged: line 2 has more cells than the header",
+        ),
     ],
 )
 def test_a_damaged_run_is_named(runs, file, text, message):
     (runs[0] / file).write_text(text)
     with pytest.raises(ValueError, match=message):
         read_run(runs[0])
+
+
+def test_a_cell_beyond_the_limit_of_the_process_is_named(runs):
+    (runs[0] / "metrics.csv").write_text(f"epoch\n{'1' * 200}\n")
+    limit = csv.field_size_limit(100)
+    try:
+        with pytest.raises(ValueError, match=r"a.metrics.csv is damaged: field larger"):
+            read_run(runs[0])
+    finally:
+        csv.field_size_limit(limit)
 
 
 def test_an_unfinished_run_is_named(runs):

@@ -1,6 +1,7 @@
 import csv
 import json
 import math
+import resource
 from dataclasses import replace
 
 import pytest
@@ -46,7 +47,8 @@ def planted(monkeypatch):
         def run(config, root, parts, dataset=None):
             if (score := next(left)) is KeyboardInterrupt:
                 raise score
-            metrics = {"test_accuracy": score, "test_opened": 1, "best_val_loss": 0.5}
+            metrics = dict.fromkeys(("test_accuracy", "test_f1", "test_loss"), score)
+            metrics |= {"test_opened": 1, "best_val_loss": 0.5}
             metrics |= {"best_epoch": 1, "epochs": 2, "seconds": 0.1}
             (root / config.name).mkdir()
             (root / config.name / "metrics.json").write_text(json.dumps(metrics))
@@ -55,6 +57,18 @@ def planted(monkeypatch):
         monkeypatch.setattr(cross_validate, "_run", run)
 
     return plant
+
+
+@pytest.fixture
+def full_disk():
+    """Files end at some size, which is how a system without root can refuse to write."""
+
+    def limit(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield limit
+    limit(before[0])
 
 
 def table(cv):
@@ -331,9 +345,84 @@ def test_another_configuration_is_not_resumed(tmp_path, planted, change, argumen
         other.execute(resume=True)
 
 
+WHOLE = {
+    "epochs": 2,
+    "best_epoch": 1,
+    "best_val_loss": 0.5,
+    "seconds": 0.1,
+    **dict.fromkeys(("test_accuracy", "test_f1", "test_loss"), 0.5),
+}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{}", "epochs is 'missing'"),
+        ("[]", "expected names and values"),
+        ("{}".encode("utf-16"), "can't decode byte 0xff"),
+        ("[" * 100_000, "recursion"),
+        (json.dumps(WHOLE | {"test_f1": "high"}), "test_f1 is 'high'"),
+        (json.dumps(WHOLE | {"test_loss": math.nan}), "test_loss is nan"),
+        (json.dumps(WHOLE | {"test_accuracy": 1}), "test_accuracy is 1"),
+        (json.dumps(WHOLE | {"epochs": "x"}), "epochs is 'x'"),
+        (json.dumps(WHOLE | {"epochs": True}), "epochs is True"),
+        (json.dumps(WHOLE | {"epochs": None}), "epochs is None"),
+        (json.dumps(WHOLE | {"best_epoch": 1.0}), "best_epoch is 1.0"),
+        (json.dumps(WHOLE | {"seconds": []}), "seconds is []"),
+        (json.dumps({k: v for k, v in WHOLE.items() if k != "test_f1"}), "test_f1 is 'missing'"),
+    ],
+)
+def test_a_damaged_fold_is_named(tmp_path, planted, content, message):
+    planted([0.5] * 2)
+    CrossValidation(IRIS, folds=2, root=tmp_path).execute()
+    path = tmp_path / "cv-iris" / "fold-2" / "metrics.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    rows = []
+    with pytest.raises(ValueError, match="^resume: .*fold-2.metrics.json is damaged: ") as caught:
+        CrossValidation(IRIS, folds=2, root=tmp_path).execute(resume=True, report=rows.append)
+    assert message in str(caught.value)
+    assert rows == []
+
+
 def test_nothing_to_resume(tmp_path):
     with pytest.raises(FileNotFoundError, match="resume: no cross-validation in .*cv-iris"):
         CrossValidation(IRIS, folds=2, root=tmp_path).execute(resume=True)
+
+
+def test_a_second_one_of_a_name_does_not_spoil_the_first(tmp_path, planted):
+    planted([0.5, 0.75])
+    first = CrossValidation(IRIS, folds=2, root=tmp_path)
+
+    def second(row):
+        for resume in (False, True):
+            with pytest.raises(OSError, match="another cross-validation is writing to it; --name"):
+                CrossValidation(IRIS, folds=2, root=tmp_path).execute(resume=resume)
+
+    assert first.execute(report=second)["scores"]["test_accuracy"]["values"] == [0.5, 0.75]
+    assert first.execute(resume=True)["folds"] == 2  # the folder is free again
+
+
+# 100 bytes are less than any of them, 1000 more than a table of two folds and less than all that
+# came of them.
+@pytest.mark.parametrize(("size", "file"), [(100, "folds.csv"), (1000, "cross_validation.json")])
+def test_a_full_disk_leaves_the_last_results(tmp_path, planted, full_disk, size, file):
+    planted([0.5] * 2)
+    cv = CrossValidation(IRIS, folds=2, root=tmp_path)
+    cv.execute()
+    before = (cv.path / file).read_bytes()
+    full_disk(size)
+    with pytest.raises(OSError, match=rf"File too large: .*{file}'"):
+        cv.execute(resume=True)
+    full_disk(resource.RLIM_INFINITY)
+    assert (cv.path / file).read_bytes() == before
+
+
+def test_a_full_disk_leaves_no_part_of_the_configuration(tmp_path, full_disk):
+    full_disk(100)
+    cv = CrossValidation(IRIS, folds=2, root=tmp_path)
+    with pytest.raises(OSError, match=r"File too large: .*cross_validation.yaml'"):
+        cv.execute()
+    assert list(cv.path.iterdir()) == []
 
 
 # Errors.

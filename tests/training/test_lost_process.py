@@ -124,11 +124,14 @@ def codes_of(victim, code):
     ],
     ids=lambda kills: "-".join(f"{victim}_{place}_{count}" for victim, place, count in kills),
 )
-def test_a_killed_process_ends_the_other_and_the_run_goes_on(kills, processes, whole, tmp_path):
+def test_a_killed_process_ends_the_other_and_the_run_goes_on(
+    kills, processes, whole, tmp_path, record_testsuite_property
+):
     for kill in kills:
         assert processes(tmp_path, CONFIG, *kill) == codes_of(kill[0], KILLED)
     assert processes(tmp_path, CONFIG) == [0, 0]
     assert_same(tmp_path, whole, ranks=2)
+    record_testsuite_property("kill points survived with two processes", len(kills))
 
 
 @pytest.mark.slow

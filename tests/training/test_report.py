@@ -1,8 +1,11 @@
 """The page of a run: whole, safe and readable."""
 
+import importlib.util
 import re
+import resource
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,17 +147,21 @@ def test_light_and_dark_have_contrast(iris):
 
 
 def test_what_the_data_say_is_escaped(tmp_path):
-    """A class, a text and a name that would be elements of the page."""
+    """A class, a text and names that would be elements of the page."""
     evil = '<script>alert("x")</script>'
     texts = [f"{evil} good {i}" if i % 2 else f"bad {i} & <b>so" for i in range(60)]
     data = Dataset(texts, torch.arange(60) % 2, [evil, '"><img src=x onerror=alert(1)>'])
-    config = replace(SMALL, dataset="reviews", epochs=2)
-    _, _, text = page_of(tmp_path, config, dataset=data)
-    page = Page(text)
+    named = {what: f"<i onerror={what}>" for what in ("dataset", "name", "target", "stop")}
+    config = replace(SMALL, dataset=named["dataset"], name=named["name"], epochs=2)
+    run, metrics, _ = page_of(tmp_path, replace(config, target=named["target"]), dataset=data)
+    write_report(run, metrics | {"stop_reason": named["stop"]}, tmp_path / "a.html")
+    page = Page((tmp_path / "a.html").read_text())
     assert not page.of("script")
+    assert not page.of("i")
     assert len(page.of("b")) == 4  # the scores alone
     assert all(not attributes.get("onerror") for _, attributes in page.elements)
-    assert evil in page.text
+    for text in (evil, *named.values()):
+        assert text in page.text
 
 
 def test_values_have_residuals(tmp_path):
@@ -187,3 +194,31 @@ def test_a_single_class_in_the_validation_part_has_no_diagnosis(tmp_path):
     parts = [torch.arange(0, 120), torch.arange(120, 130), torch.arange(130, 150)]
     _, _, text = page_of(tmp_path, SMALL, parts=parts)
     assert "Gradient flow" in Page(text).text
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_last_page(tmp_path, monkeypatch, capsys):
+    path = Path(__file__).parents[2] / "scripts" / "train.py"
+    spec = importlib.util.spec_from_file_location("train_script_of_report", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.chdir(tmp_path)
+    page = tmp_path / "runs" / "iris" / "report.html"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(run, metrics):
+        page.write_text("whole")
+        size = 60_000  # more than a drawing, less than the page
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+
+    monkeypatch.setattr(script, "summarize", fill)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            script.main(["--dataset", "iris", "--epochs", "2", "--no-parity", "--width", "16"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "train.py: error: runs/iris/report.html: File too large"
+    )
+    assert page.read_text() == "whole"
+    assert not list(page.parent.glob(".*.new"))

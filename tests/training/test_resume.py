@@ -106,11 +106,14 @@ def go_on(processes, root, config, *kill):
     ],
     ids=lambda kills: "-".join(f"{place}_{count}" for place, count in kills),
 )
-def test_a_killed_run_ends_as_if_it_had_not_been(kills, processes, whole, tmp_path):
+def test_a_killed_run_ends_as_if_it_had_not_been(
+    kills, processes, whole, tmp_path, record_testsuite_property
+):
     for kill in kills:
         assert go_on(processes, tmp_path, CONFIG, *kill) == KILLED
     assert go_on(processes, tmp_path, CONFIG) == 0
     assert_same(tmp_path, whole)
+    record_testsuite_property("kill points survived", len(kills))
 
 
 @pytest.mark.slow
@@ -139,7 +142,9 @@ def test_without_batches_between_a_resumed_run_repeats_its_epoch(processes, whol
     assert batches(tmp_path).count(next(b for b in batches(whole) if b.startswith("1 0 "))) == 2
 
 
-def test_a_stopped_run_that_was_killed_stops_again(processes, tmp_path_factory):
+def test_a_stopped_run_that_was_killed_stops_again(
+    processes, tmp_path_factory, record_testsuite_property
+):
     config = replace(CONFIG, epochs=30, patience=1, lr=0.5, save_every=None)
     roots = [tmp_path_factory.mktemp(name) for name in ("whole", "killed")]
     assert processes(part_of_a_run, roots[0], config, None) == 0
@@ -147,15 +152,17 @@ def test_a_stopped_run_that_was_killed_stops_again(processes, tmp_path_factory):
     assert go_on(processes, roots[1], config, "on_test_batch_start", 1) == KILLED
     assert go_on(processes, roots[1], config) == 0
     assert_same(roots[1], roots[0])
+    record_testsuite_property("kill points survived", 1)
 
 
-def test_float64_goes_on_as_float64(processes, tmp_path_factory):
+def test_float64_goes_on_as_float64(processes, tmp_path_factory, record_testsuite_property):
     config = replace(CONFIG, precision="64", augment=None, parity=False, epochs=2)
     roots = [tmp_path_factory.mktemp(name) for name in ("whole", "killed")]
     assert processes(part_of_a_run, roots[0], config, None) == 0
     assert go_on(processes, roots[1], config, "on_train_batch_end", 14) == KILLED
     assert go_on(processes, roots[1], config) == 0
     assert_same(roots[1], roots[0])
+    record_testsuite_property("kill points survived", 1)
 
 
 def test_a_parity_check_may_begin_at_the_resume(processes, tmp_path):
@@ -314,7 +321,7 @@ def test_a_loader_goes_on_from_its_state(workers):
     batches = iter(first)
     done = [next(batches)[1] for _ in range(3)]
     state, generators = first.state_dict(), torch.get_rng_state()
-    assert state == {"epoch": 2, "batches": 3}
+    assert (state["epoch"], state["batches"]) == (2, 3)
     expected = [y for _, y in batches]
     again = loader()
     again.load_state_dict(state)
@@ -326,7 +333,7 @@ def test_a_loader_goes_on_from_its_state(workers):
 
 def test_a_state_of_another_epoch_skips_nothing():
     loader = ResumableDataLoader(range(6), 2)
-    loader.load_state_dict({"epoch": 0, "batches": 3})
+    loader.load_state_dict(loader.state_dict() | {"batches": 3})
     loader.sampler.set_epoch(1)
     assert len(list(loader)) == 3
 
@@ -356,7 +363,8 @@ def test_generators_come_back():
     expected = drawn()
     ExactResume().on_load_checkpoint(trainer, module, checkpoint)
     assert drawn() == expected
-    ExactResume().on_load_checkpoint(trainer, module, {})  # one of another's: nothing to restore
+    with pytest.warns(UserWarning, match="ExactResume: the checkpoint was saved without it"):
+        ExactResume().on_load_checkpoint(trainer, module, {})
     assert drawn() != expected
 
 
@@ -379,3 +387,68 @@ def test_another_number_of_processes_begins_with_the_first_s_generators():
     torch.manual_seed(1)
     assert drawn == torch.rand(1)
     assert not module.mean.weight
+
+
+def test_generators_of_other_gpus_are_told():
+    module, trainer, checkpoint = Network(), Trainer(logger=False, accelerator="cpu"), {}
+    ExactResume().on_save_checkpoint(trainer, module, checkpoint)
+    there = torch.cuda.device_count()
+    generators = checkpoint["ExactResume"][0]["generators"]
+    generators["cuda"] = [torch.zeros(16, dtype=torch.uint8)] * (there + 1)
+    with pytest.warns(UserWarning, match=rf"of {there + 1} GPUs, there are {there}"):
+        ExactResume().on_load_checkpoint(trainer, module, checkpoint)
+
+
+def test_damaged_generators_leave_all_as_they_are():
+    module, trainer, checkpoint = Network(), Trainer(logger=False, accelerator="cpu"), {}
+    ExactResume().on_save_checkpoint(trainer, module, checkpoint)
+    checkpoint["ExactResume"][0]["generators"]["python"] = [3, torch.zeros(5), None]
+    before = torch.rand(1), torch.get_rng_state()
+    with pytest.raises(ValueError, match="ExactResume: damaged: .*wrong size"):
+        ExactResume().on_load_checkpoint(trainer, module, checkpoint)
+    assert torch.equal(torch.get_rng_state(), before[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batches": 4}, r"state_dict: batches: expected an integer in \[0, 3\], got 4"),
+        ({"batches": -1}, r"state_dict: batches: .*, got -1"),
+        ({"batches": "1"}, r"state_dict: batches: .*, got '1'"),
+        ({"batches": None}, r"state_dict: batches: .*, got None"),
+        ({"epoch": -1}, "state_dict: epoch: expected an integer >= 0, got -1"),
+        ({"epoch": "0"}, "state_dict: epoch: .*, got '0'"),
+        ({"batch_size": 1}, "state_dict: batch_size: expected 2, got 1"),
+        ({"samples": 7}, "state_dict: samples: expected 6, got 7"),
+        ({"seed": 1}, "state_dict: seed: expected 0, got 1"),
+        ({"shuffle": False}, "state_dict: shuffle: expected True, got False"),
+        ({"num_replicas": 2}, "state_dict: num_replicas: expected 1, got 2"),
+    ],
+    ids=str,
+)
+def test_a_state_of_other_batches_is_refused(change, message):
+    loader = ResumableDataLoader(range(6), 2)
+    state = loader.state_dict()
+    with pytest.raises(ValueError, match=message):
+        loader.load_state_dict(state | change)
+    assert len(list(loader)) == 3
+
+
+@pytest.mark.parametrize("state", [{}, None, {"epoch": 0, "batches": 1}])
+def test_what_is_no_state_of_a_loader_is_refused(state):
+    with pytest.raises(ValueError, match="state_dict: .*, got None"):
+        ResumableDataLoader(range(6), 2).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"seed": "x"}, TypeError, "seed: expected an integer, got 'x'"),
+        ({"seed": -1}, ValueError, "seed: expected >= 0, got -1"),
+        ({"batch_size": None}, TypeError, "batch_size: expected an integer, got None"),
+        ({"batch_size": 0}, ValueError, "batch_size: expected >= 1, got 0"),
+    ],
+)
+def test_what_a_resumable_loader_is_not_made_with(options, error, message):
+    with pytest.raises(error, match=message):
+        ResumableDataLoader(range(3), **options)

@@ -1,6 +1,8 @@
 import csv
 import math
 import os
+import resource
+import sys
 import time
 from dataclasses import replace
 from multiprocessing import Pipe
@@ -31,6 +33,7 @@ from torchref.training.tune import (
     measure_importance,
     plot_history,
     plot_sweep,
+    run_optuna,
     try_once,
     tune,
 )
@@ -50,6 +53,18 @@ def _threads():
     count = torch.get_num_threads()
     yield
     torch.set_num_threads(count)
+
+
+@pytest.fixture
+def full_disk():
+    """Files end at some size, which is how a system without root can refuse to write."""
+
+    def limit(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield limit
+    limit(before[0])
 
 
 def bowl(config, root, report):
@@ -374,6 +389,104 @@ def test_resume_may_ask_for_more(tmp_path):
     results = search(tmp_path, LR, trials=5, resume=True)
     assert points(results) == points(search(tmp_path / "whole", LR, trials=5))
     assert len(search(tmp_path, LR, trials=2, resume=True).trials) == 5
+
+
+def test_a_search_whose_folder_has_another_name_since_goes_on(tmp_path):
+    before = points(search(tmp_path, LR, trials=2))
+    (tmp_path / "tune-iris").rename(tmp_path / "other")
+    tried = []
+
+    def counted(config, root, report):
+        tried.append(config.lr)
+        return bowl(config, root, report)
+
+    config = replace(IRIS, name="other")
+    results = search(tmp_path, LR, counted, config, trials=3, resume=True)
+    assert points(results) == [*before, {"lr": tried[0]}]
+    assert len(tried) == 1  # beginning anew, it would draw the first two again
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "resume: .*study.db is missing"),
+        (b"", "resume: .*study.db is damaged: it holds no search"),
+        (b"no database" * 99, "resume: .*study.db is damaged: file is not a database"),
+    ],
+)
+def test_a_search_whose_trials_are_lost_does_not_begin_anew(tmp_path, content, message):
+    path = search(tmp_path, LR, trials=2).path
+    (path / "study.db").unlink()
+    if content is not None:
+        (path / "study.db").write_bytes(content)
+    table = (path / "trials.csv").read_text()
+    for _ in range(2):  # the error is no beginning, either
+        with pytest.raises((FileNotFoundError, ValueError), match=message):
+            search(tmp_path, LR, fails, trials=3, resume=True)
+    assert (path / "trials.csv").read_text() == table
+
+
+def fails(config, root, report):
+    raise AssertionError("it was tried")
+
+
+def test_a_second_search_of_a_name_does_not_spoil_the_first(tmp_path):
+    def second(config, root, report):
+        for resume in (False, True):
+            with pytest.raises(OSError, match="another search is writing to it; --name names") as e:
+                search(tmp_path, LR, fails, trials=3, resume=resume)
+            assert e.value.filename == str(tmp_path / "tune-iris")
+        return bowl(config, root, report)
+
+    alone = search(tmp_path / "alone", LR, trials=3)
+    first = search(tmp_path, LR, second, trials=3)
+    assert points(first) == points(alone)
+    assert search(tmp_path, LR, trials=1).best  # the folder is free again
+
+
+# A full disk.
+
+
+def test_a_full_disk_leaves_what_was_asked_for(tmp_path, full_disk):
+    path = search(tmp_path, LR, trials=2).path
+    before = (path / "search.yaml").read_bytes()
+    full_disk(100)
+    with pytest.raises(OSError, match=r"File too large: .*search.yaml'"):
+        search(tmp_path, LR, trials=3, resume=True)
+    full_disk(resource.RLIM_INFINITY)
+    assert (path / "search.yaml").read_bytes() == before
+    assert len(search(tmp_path, LR, trials=3, resume=True).trials) == 3
+
+
+# 100 bytes are less than a table of two trials, 500 more than it and less than a configuration.
+@pytest.mark.parametrize(("size", "file"), [(100, "trials.csv"), (500, "best.yaml")])
+def test_a_full_disk_leaves_the_last_results(tmp_path, full_disk, monkeypatch, size, file):
+    module = sys.modules[tune.__module__]
+    path = search(tmp_path, LR, trials=2).path
+    before = (path / file).read_bytes()
+    write = module.write_results
+    monkeypatch.setattr(module, "write_results", lambda *args: (full_disk(size), write(*args)))
+    with pytest.raises(OSError, match=rf"File too large: .*{file}'"):
+        search(tmp_path, LR, trials=2, resume=True)
+    full_disk(resource.RLIM_INFINITY)
+    assert (path / file).read_bytes() == before
+
+
+def test_a_full_disk_is_told_by_the_study_and_the_search_goes_on(tmp_path, full_disk):
+    def filling(config, root, report):
+        full_disk(100)
+        return bowl(config, root, report)
+
+    with pytest.raises(OSError, match=r"study.db'"):
+        search(tmp_path, LR, filling, trials=3)
+    full_disk(resource.RLIM_INFINITY)
+    states = [t.state for t in search(tmp_path, LR, trials=3, resume=True).trials]
+    assert states == ["killed"] + ["complete"] * 3
+    plan = _plan(IRIS, LR, "bayes", 1, 1, None, tmp_path)
+    (plan.path / "study.db").unlink()
+    full_disk(100)
+    with pytest.raises(OSError, match=r"study.db'"):
+        run_optuna(plan, bowl, resume=False)
 
 
 @pytest.mark.parametrize(

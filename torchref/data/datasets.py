@@ -3,7 +3,7 @@
 import hashlib
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,10 +17,12 @@ from torchref.data.images import find_idx, read_folder, read_idx
 from torchref.data.reading import check_file, check_size
 from torchref.data.table import (
     FLOAT32_MAX,
+    LONGEST,
     Column,
     Table,
     encode,
     find_columns,
+    find_undecodable,
     is_float,
     is_missing,
     is_number,
@@ -247,7 +249,7 @@ def read_features(
 
     Raises:
         ValueError: the file is malformed, has another ending, or is not a table of finite numbers
-            that fits ``columns`` or ``shape``.
+            that fits ``columns`` or ``shape``, or a pixel is below 0.
         FileNotFoundError: there is no such file.
     """
     path = Path(path)
@@ -263,12 +265,19 @@ def read_features(
         raise
     except Exception as error:  # NumPy's, of many classes
         raise ValueError(f"{path}: not a .npy file of numbers: {error}") from None
-    if array.ndim < 2 or array.dtype.kind not in "fiub":
+    if array.dtype.kind not in "fiub" or (shape is None and array.ndim != 2):
         raise ValueError(
             f"{path}: expected numbers of shape (samples, features), "
             f"got {array.dtype} of shape {array.shape}"
         )
-    return _as_rows(array if shape is None else _channels_first(array, shape, path), str(path))
+    if shape is not None:
+        array = _channels_first(array, shape, path)
+    if not len(array):
+        raise ValueError(f"{path}: expected one sample or more, got shape {array.shape}")
+    rows = _as_rows(array, str(path))
+    if shape is not None and rows.min() < 0:
+        raise ValueError(f"{path}: expected pixels from 0 on, got {rows.min():g}")
+    return rows
 
 
 def _encode_samples(
@@ -310,6 +319,10 @@ def read_texts(path: str | Path, target: str | None = None) -> list[str]:
     """Read texts, one a line, or those of a ``.csv``.
 
     The column is ``text``, else the first that is not ``target``.
+
+    Raises:
+        ValueError: the file is malformed or holds no text, or a line has over 2**24 characters.
+        FileNotFoundError: there is no such file.
     """
     path = Path(path)
     if path.suffix == ".csv":
@@ -317,9 +330,22 @@ def read_texts(path: str | Path, target: str | None = None) -> list[str]:
         return table.cells(_find_text(table, None if target is None else table.find(target)))
     check_file(path)
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        texts = list(_read_lines(path))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text in UTF-8: {error}") from None
+        row, reason = find_undecodable(path), error.reason
+        raise ValueError(f"{path}: row {row}: not a text in UTF-8: {reason}") from None
+    if not texts:
+        raise ValueError(f"{path}: no rows; expected a text each")
+    return texts
+
+
+def _read_lines(path: Path) -> Iterator[str]:
+    with open(path, encoding="utf-8-sig") as file:
+        for row, line in enumerate(iter(lambda: file.readline(LONGEST + 1), ""), 1):
+            if len(line) > LONGEST or "\0" in line:
+                wrong = f"over {LONGEST} characters" if len(line) > LONGEST else "a NUL"
+                raise ValueError(f"{path}: row {row}: not a text: {wrong}")
+            yield line.removesuffix("\n")
 
 
 def _find_text(table: Table, label: int | None) -> int:
@@ -355,11 +381,14 @@ def _from_idx(name: str, root: str | Path | None) -> Dataset:
             for stem in ("images-idx3-ubyte", "labels-idx1-ubyte")
         ]
         image, label = map(read_idx, files)
-        if image.ndim != 3 or label.ndim != 1 or len(image) != len(label) or not len(image):
+        if image.ndim != 3 or label.ndim != 1 or len(image) != len(label) or not image.size:
             raise ValueError(
                 f"{files[0]}: expected images and as many labels, got shapes {image.shape} and "
                 f"{label.shape}"
             )
+        for file, array in zip(files, (image, label), strict=True):
+            if array.dtype != np.uint8:  # as its name has it
+                raise ValueError(f"{file}: expected unsigned bytes, got {array.dtype.name}")
         images.append(image)
         labels.append(label)
     if images[0].shape[1:] != images[1].shape[1:]:
@@ -438,13 +467,19 @@ def _from_npz(path: Path, task: str) -> Dataset:
         )
     xs, ys = [arrays[name] for name in names[::2]], [arrays[name] for name in names[1::2]]
     for name, x, y in zip(names[::2], xs, ys, strict=True):
-        if x.ndim not in (2, 3, 4) or y.ndim != 1 or len(x) != len(y) or not len(x):
+        if x.ndim not in (2, 3, 4) or y.ndim != 1 or len(x) != len(y) or not x.size:
             raise ValueError(
                 f"{path}: expected samples {name} of 2 to 4 dimensions and as many targets, got "
                 f"shapes {x.shape} and {y.shape}"
             )
         if x.dtype.kind not in "fiub" or x.shape[1:] != xs[0].shape[1:]:
             raise ValueError(f"{path}: {name}: expected numbers like x's, got {x.dtype} {x.shape}")
+    for name, y in zip(names[1::2], ys, strict=True):
+        if y.dtype.kind not in "fiubSU":
+            raise ValueError(f"{path}: {name}: expected numbers or names, got {y.dtype}")
+    if len({y.dtype.kind in "SU" for y in ys}) > 1:  # together, numbers would be names
+        types = " and ".join(str(y.dtype) for y in ys)
+        raise ValueError(f"{path}: y_train, y_test: expected numbers or names in both, got {types}")
     ys = [np.char.decode(y, "utf-8", "backslashreplace") if y.dtype.kind == "S" else y for y in ys]
     train, test = len(ys[0]), sum(map(len, ys[1:]))
 
@@ -474,9 +509,10 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     check_size(path, unpacked)
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+            arrays = {name: file[name] for name in file.files}
     except Exception as error:  # zipfile's and NumPy's, of many classes
         raise ValueError(f"{path}: not an .npz file of arrays: {error}") from None
+    return {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}
 
 
 def _from_folder(path: Path, size: int | None) -> Dataset:

@@ -167,11 +167,11 @@ def _parse(path: Path) -> Iterator[tuple[int, list[str]]]:
         except csv.Error as error:
             raise ValueError(f"{path}: row {reader.line_num}: not a CSV file: {error}") from None
         except UnicodeDecodeError as error:
-            row, reason = _find_undecodable(path), error.reason
+            row, reason = find_undecodable(path), error.reason
             raise ValueError(f"{path}: row {row}: not a CSV file in UTF-8: {reason}") from None
 
 
-def _find_undecodable(path: Path) -> int:
+def find_undecodable(path: Path) -> int:
     """The first line that is not UTF-8, in a file that has one."""
     decoder, line = codecs.getincrementaldecoder("utf-8")(), 1
     with open(path, "rb") as file:

@@ -308,7 +308,7 @@ class Optimizer(torch.optim.Optimizer):
                 if not _within(x, 0, inf):
                     raise ValueError(f"{name}: expected `{key}` in [0, inf), got {float(x)}")
                 continue
-            if x is None and key == "momentum_buffer":  # torch's, before its first step
+            if key == "momentum_buffer" and states[key] is None:  # torch's, before its first step
                 continue
             require_tensor(name, key, x)
             # a process may hold a part alone, and only torch knows what fits it

@@ -1,24 +1,28 @@
 """Checkpoints that are whole or not there, and that tell when they are damaged."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from filelock import FileLock, Timeout
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 
-from torchref.training.checks import check_range
+from torchref.data.reading import check_file
+from torchref.training.checks import check_integer
 
 MARK = b"sha256:"
-SUM_SIZE = len(MARK) + hashlib.sha256().digest_size * 2
+END_SIZE = 2 + len(MARK) + hashlib.sha256().digest_size * 2  # its length, and the comment
+KEY = "AtomicCheckpointIO"  # of what is saved: where it is, the file ends with a sum
 CHUNK = 2**20
 
 
@@ -29,12 +33,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     and renamed, so that neither a killed process nor a full disk damages the one that is there;
     that one stays, as ``<name>.previous``. The file is torch's own, a zip archive, whose comment
     holds the SHA-256 of what comes before it; :func:`torch.load` reads it, but does not notice a
-    changed byte. Files without a sum, such as Lightning's, are read, too. Paths of remote file
-    systems, with a ``://``, are left to Lightning.
+    changed byte. What is saved also says, as ``checkpoint["AtomicCheckpointIO"]``, that there is a
+    sum: a file that lost it is damaged, too. Files that never had one, such as Lightning's, are
+    read. Paths of remote file systems, with a ``://``, are left to Lightning.
 
     Raises:
         OSError: the file cannot be written, on a full disk say.
-        ValueError: the file that is read was damaged.
+        ValueError: the file that is read was damaged, or is compressed, which torch's never are.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -59,10 +64,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self._loaded = None
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        if "://" not in str(path) and os.path.isfile(path):
-            _check_sum(Path(path))
-            self._loaded = Path(path)
-        return super().load_checkpoint(path, *args, **kwargs)
+        if "://" in str(path):
+            return super().load_checkpoint(path, *args, **kwargs)
+        path = Path(path)
+        has_sum = _check_archive(path)
+        found = _without_key(super().load_checkpoint(path, *args, **kwargs), path, has_sum)
+        self._loaded = path
+        return found
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -70,10 +78,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is damaged, or holds other than tensors, numbers, text and their containers.
+        ValueError: it is damaged or compressed, or holds other than tensors, numbers, text and
+            their containers.
     """
     path = Path(path)
-    is_whole = _check_sum(path)
+    has_sum = _check_archive(path)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
@@ -81,8 +90,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except Exception:  # a damaged file may raise anything
         found = None
     if isinstance(found, dict):
-        return found
-    why = "holds other than names and tensors" if is_whole else "is damaged: it is no checkpoint"
+        return _without_key(found, path, has_sum)
+    why = "holds other than names and tensors" if has_sum else "is damaged: it is no checkpoint"
     raise ValueError(f"{path} {why}")
 
 
@@ -102,6 +111,7 @@ class LastCheckpoint(ModelCheckpoint):
 
     Raises:
         ValueError: ``every`` is out of its range.
+        TypeError: it is no integer.
 
     Example:
         >>> LastCheckpoint("runs/digits", every=100).filename
@@ -109,7 +119,8 @@ class LastCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, folder: str | Path, every: int | None = None) -> None:
-        check_range("save_every", every, ">= 1", every is None or every >= 1)
+        if every is not None:
+            check_integer("save_every", every, 1)
         super().__init__(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False)
         self.path = Path(folder) / "last.ckpt"
         self.every = every
@@ -163,18 +174,40 @@ def write_file(path: Path, write: Callable[[IO[bytes]], object], keep: Path | No
         raise
 
 
+@contextlib.contextmanager
+def alone(lock: Path, what: str) -> Iterator[None]:
+    """Keep others out of the folder of a lock file; ``what`` is what both they and we are.
+
+    Raises:
+        OSError: the folder cannot be written, or another one is at work there.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    held = FileLock(lock, timeout=0)
+    try:
+        held.acquire()
+    except Timeout:
+        text = f"another {what} is writing to it; --name names another folder"
+        raise OSError(errno.EBUSY, text, str(lock.parent)) from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows unlinks no open file
+            lock.unlink()  # while it is held: nobody waits for it
+        held.release()
+
+
 def _save(checkpoint: dict[str, Any], file: IO[bytes]) -> None:
     handled = sys.exception()  # what a checkpoint of an interrupted training is written for
     try:
-        torch.save(checkpoint, file)
+        torch.save({**checkpoint, KEY: "sha256"}, file)
     except RuntimeError as error:
         if error.__context__ is None or error.__context__ is handled:
             raise
         raise error.__context__ from None  # what torch says is unexpected: a full disk, Ctrl-C
     size = file.tell() - 2  # the length of the archive's comment, 0, comes last
-    comment = MARK + _sum(file, size).encode()
+    end = _end(file, size)
     file.seek(size)
-    file.write(len(comment).to_bytes(2, "little") + comment)
+    file.write(end)
 
 
 def _beside(path: Path) -> Path:
@@ -200,27 +233,53 @@ def _flush_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _check_sum(path: Path) -> bool:
-    """Whether there is a sum, which then is right."""
+def _check_archive(path: Path) -> bool:
+    """Whether there is a sum, which then is right; what torch would not have written is refused."""
+    check_file(path)
     with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size - SUM_SIZE - 2
-        if size >= 0:
-            file.seek(size + 2)
-            comment = file.read()
-            if comment.startswith(MARK):
-                if comment != MARK + _sum(file, size).encode():
-                    raise ValueError(f"{path} is damaged: its checksum does not match")
-                return True
+        has_sum = _check_sum(path, file)
         file.seek(0)
-        if file.read(2) == b"PK" and not zipfile.is_zipfile(file):
-            raise ValueError(f"{path} is damaged: it ends too early")
-    return False
+        if file.read(2) == b"PK":
+            _check_members(path, file)
+    return has_sum
 
 
-def _sum(file: IO[bytes], size: int) -> str:
-    """SHA-256 of the first bytes of a file."""
+def _check_sum(path: Path, file: IO[bytes]) -> bool:
+    size = os.fstat(file.fileno()).st_size - END_SIZE
+    if size < 0:
+        return False
+    file.seek(size)
+    end = file.read()
+    if not end.startswith(MARK, 2):
+        return False
+    if end != _end(file, size):
+        raise ValueError(f"{path} is damaged: its checksum does not match")
+    return True
+
+
+def _check_members(path: Path, file: IO[bytes]) -> None:
+    """Torch would unpack a compressed member, however large it becomes."""
+    try:
+        members = zipfile.ZipFile(file).infolist()
+    except Exception:  # a damaged file may raise anything
+        raise ValueError(f"{path} is damaged: it ends too early, or lists no contents") from None
+    for member in members:
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"{path}: {member.filename!r} is compressed, which torch never does")
+
+
+def _without_key(found: dict[str, Any], path: Path, has_sum: bool) -> dict[str, Any]:
+    """What was saved, if the sum is there where it should be."""
+    if found.pop(KEY, None) and not has_sum:
+        raise ValueError(f"{path} is damaged: its checksum is missing")
+    return found
+
+
+def _end(file: IO[bytes], size: int) -> bytes:
+    """Length and text of the archive's comment: the SHA-256 of the file's first bytes."""
     file.seek(0)
     found = hashlib.sha256()
     for start in range(0, size, CHUNK):
         found.update(file.read(min(CHUNK, size - start)))
-    return found.hexdigest()
+    comment = MARK + found.hexdigest().encode()
+    return len(comment).to_bytes(2, "little") + comment

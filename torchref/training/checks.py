@@ -1,12 +1,23 @@
 """Errors that name the argument, what it may be and what it was."""
 
 from collections.abc import Iterable
+from numbers import Integral
 from typing import Any
 
 
 def check_range(name: str, value: Any, expected: str, holds: bool) -> None:
     if not holds:
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
+def check_type(name: str, value: Any, expected: str, kind: type) -> None:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected {expected}, got {value!r}")
+
+
+def check_integer(name: str, value: Any, least: int) -> None:
+    check_type(name, value, "an integer", Integral)
+    check_range(name, value, f">= {least}", value >= least)
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:

@@ -8,14 +8,14 @@ import yaml
 from jsonargparse import ActionYesNo, ArgumentParser, get_loader, set_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from torchref.training.config import DATA, NETWORK, Config, options, without_aliases
+from torchref.training.config import DATA, NETWORK, Config, options, plain_yaml
 
 LISTS = ("categories", "drop", "ratios")
 USER_ERRORS = (ValueError, OSError, RuntimeError, ImportError, MisconfigurationException)
-MODE = "YAML without aliases"  # jsonargparse's, but for them
+MODE = "plain YAML"
 
 _load_yaml = get_loader("yaml")
-set_loader(MODE, lambda text: _load_yaml(without_aliases(text)), (yaml.YAMLError,))
+set_loader(MODE, lambda text: _load_yaml(plain_yaml(text)), (yaml.YAMLError,))
 
 
 class OneLineParser(ArgumentParser):

@@ -2,10 +2,10 @@
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torchref.diagnostics.drawing import new_figure
 from torchref.training.config import read_mapping
@@ -36,17 +36,30 @@ def read_run(path: str | Path) -> Finished:
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path}: no finished run ({name} is missing)")
     config = read_mapping(path / "config.yaml")
-    try:
-        metrics = json.loads((path / "metrics.json").read_text())
-        with open(path / "metrics.csv", newline="") as file:
-            rows = [{k: float(v) for k, v in r.items() if v} for r in csv.DictReader(file)]
-    except ValueError as error:
-        raise ValueError(f"{path}: damaged: {' '.join(str(error).split())}") from None
-    if isinstance(metrics, dict) and metrics.get("unfinished"):
-        raise FileNotFoundError(f"{path}: no finished run (it was resumed and stopped)")
+    metrics = _read(path / "metrics.json", json.load)
     if not isinstance(metrics, dict):
-        raise ValueError(f"{path}: damaged: expected a mapping in metrics.json")
-    return Finished(path.name, config, metrics, _by_epoch(rows))
+        raise ValueError(f"{path / 'metrics.json'} is damaged: expected names and values")
+    if metrics.get("unfinished"):
+        raise FileNotFoundError(f"{path}: no finished run (it was resumed and stopped)")
+    return Finished(path.name, config, metrics, _by_epoch(_read(path / "metrics.csv", _rows)))
+
+
+def _read(path: Path, read: Callable[[IO[str]], Any]) -> Any:
+    try:
+        with open(path, newline="") as file:
+            return read(file)
+    except (ValueError, RecursionError, csv.Error) as error:
+        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from None
+
+
+def _rows(file: IO[str]) -> list[dict[str, float]]:
+    reader = csv.DictReader(file)
+    found = []
+    for row in reader:
+        if None in row:
+            raise ValueError(f"line {reader.line_num} has more cells than the header")
+        found.append({name: float(cell) for name, cell in row.items() if cell})
+    return found
 
 
 def compare(runs: Sequence[Finished]) -> list[list[str]]:
@@ -74,13 +87,15 @@ def plot_runs(runs: Sequence[Finished], path: str | Path) -> None:
     for i, run in enumerate(runs):
         color = COLORS[i % len(COLORS)]
         for part, style in (("val", "-"), ("train", ":")):
-            points = [(r["epoch"], r[f"{part}_loss"]) for r in run.rows if f"{part}_loss" in r]
+            rows = [row for row in run.rows if f"{part}_loss" in row]
+            epochs, losses = ([row[name] for row in rows] for name in ("epoch", f"{part}_loss"))
             label = run.name if part == "val" else None
-            axes.plot(*zip(*points, strict=True), style, color=color, label=label)
+            axes.plot(epochs, losses, style, color=color, label=label)
     axes.set_xlabel("epoch")
     axes.set_title("validation loss (training loss dotted)")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(frameon=False)
+    for text in axes.legend(frameon=False).get_texts():
+        text.set_parse_math(False)  # a folder's name may have two $
     figure.savefig(path, dpi=120)
 
 

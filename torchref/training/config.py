@@ -12,8 +12,10 @@ import yaml
 
 import torchref
 from torchref.data.augment import image, tabular, text
+from torchref.data.reading import check_file
 from torchref.training.checks import check_range
 
+DEEPEST = 9  # collections in each other, in a YAML file
 NETWORK = (
     "depth",
     "width",
@@ -157,7 +159,7 @@ class Config:
         source, colon, rest = self.dataset.partition(":")
         default = f"{source}-{Path(rest).stem}" if colon else source
         folder = default if self.name is None else self.name
-        plain = Path(folder).name == folder and folder not in ("", ".", "..")
+        plain = Path(folder).name == folder and folder not in ("", ".", "..") and "\0" not in folder
         check_range("name", folder, "a plain folder name", plain)
         return folder
 
@@ -167,16 +169,21 @@ def options() -> Iterable[Field[Any]]:
     return fields(Config)
 
 
-def without_aliases(text: str) -> str:
-    """YAML as it is; a few lines of aliases may stand for more values than a memory holds.
+def plain_yaml(text: str) -> str:
+    """YAML as it is, but for what a few lines make costly: aliases, and lists in lists in lists.
 
     Raises:
-        yaml.YAMLError: there is an alias, or it is no YAML.
+        yaml.YAMLError: there is an alias, or a depth that no configuration has, or it is no YAML.
     """
+    depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        line = event.start_mark.line + 1
         if isinstance(event, yaml.AliasEvent):
-            line = event.start_mark.line + 1
             raise yaml.YAMLError(f"expected values, not aliases, got *{event.anchor}, line {line}")
+        if depth > DEEPEST:
+            raise yaml.YAMLError(f"expected values, not lists in lists, line {line}")
     return text
 
 
@@ -186,8 +193,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is another one, or damaged.
     """
+    check_file(path)
     try:
-        found = yaml.safe_load(without_aliases(path.read_text()))
+        found = yaml.safe_load(plain_yaml(path.read_text()))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from None
     if not isinstance(found, dict):

@@ -1,17 +1,19 @@
 """Cross-validation of a configuration: each fold is a run of its own."""
 
 import csv
+import io
 import json
 import math
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, replace
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from torchref.data import kfold
 from torchref.data.datasets import Dataset
+from torchref.training.checkpoint import alone, write_text
 from torchref.training.checks import check_choice, check_range
 from torchref.training.config import Config, read_mapping, versions
 from torchref.training.run import FILES, Run, data_module
@@ -91,6 +94,7 @@ class CrossValidation:
         size = whole.trainer.world_size
         check_range("devices", size, "one process for a fold", size == 1)
         self.config, self.dataset = config, whole.dataset
+        self.scores = [*map(str, whole.model.test_scores.keys()), "test_loss"]
         self.folds, self.repeats = folds, repeats
         self.method = _method(method, config, self.dataset)
         train, val, self.held_out = whole.data.parts
@@ -147,14 +151,22 @@ class CrossValidation:
             report: called with the row of ``folds.csv`` of each fold that is finished.
 
         Raises:
-            ValueError: ``jobs`` is out of its range, or the configuration was another one.
+            ValueError: ``jobs`` is out of its range, the configuration was another one, or what a
+                fold left is damaged.
             FileNotFoundError: there is nothing to resume.
+            OSError: the folder cannot be written, or another cross-validation is writing to it.
         """
         check_range("jobs", jobs, ">= 1", jobs >= 1)
-        if resume:
-            self._check_resume()
-        else:
-            self._clear()
+        if resume and not (self.path / "cross_validation.yaml").exists():
+            raise FileNotFoundError(f"resume: no cross-validation in {self.path}")
+        with alone(self.path / ".cross_validation.lock", "cross-validation"):
+            if resume:
+                self._check_resume()
+            else:
+                self._clear()
+            return self._execute(jobs, report)
+
+    def _execute(self, jobs: int, report: Callable[[Row], None] | None) -> dict[str, Any]:
         rows = []
         with closing(self._results(jobs)) as results:
             for number, metrics in results:
@@ -171,7 +183,6 @@ class CrossValidation:
 
     def _clear(self) -> None:
         """Leave nothing of an older one that could be taken for a fold of this one."""
-        self.path.mkdir(parents=True, exist_ok=True)
         for name in OWN_FILES:
             (self.path / name).unlink(missing_ok=True)
         for folder in self.path.glob("fold-*"):
@@ -180,13 +191,10 @@ class CrossValidation:
             with suppress(OSError):  # it holds something else
                 folder.rmdir()
         text = yaml.safe_dump(self._settings(), sort_keys=False)
-        (self.path / "cross_validation.yaml").write_text(text)
+        write_text(self.path / "cross_validation.yaml", text)
 
     def _check_resume(self) -> None:
-        path = self.path / "cross_validation.yaml"
-        if not path.exists():
-            raise FileNotFoundError(f"resume: no cross-validation in {self.path}")
-        before = read_mapping(path)
+        before = read_mapping(self.path / "cross_validation.yaml")
         for name, value in self._settings().items():
             if str(before.get(name)) != str(value):  # precision may be 32 or "32"
                 raise ValueError(
@@ -195,12 +203,11 @@ class CrossValidation:
 
     def _results(self, jobs: int) -> Generator[tuple[int, Row]]:
         """Number and metrics of each fold, as they come."""
-        left = []
-        for number in range(1, len(self.parts) + 1):
-            metrics = _finished(self.path / f"fold-{number}" / "metrics.json")
-            if metrics is None:
-                left.append(number)
-            else:
+        paths = {i: self.path / f"fold-{i}" / "metrics.json" for i in range(1, len(self.parts) + 1)}
+        finished = {number: _finished(path, self.scores) for number, path in paths.items()}
+        left = [number for number, metrics in finished.items() if metrics is None]
+        for number, metrics in finished.items():
+            if metrics is not None:
                 yield number, metrics
         if jobs == 1:
             for number in left:
@@ -225,20 +232,20 @@ class CrossValidation:
             "epochs": metrics["epochs"],
             "best_epoch": metrics["best_epoch"],
             "best_val_loss": metrics["best_val_loss"],
-            **{name: metrics[name] for name in metrics if is_score(name)},
+            **{name: metrics[name] for name in self.scores},
             "seconds": metrics["seconds"],
         }
 
     def _write(self, rows: list[Row]) -> dict[str, Any]:
-        with open(self.path / "folds.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        table = io.StringIO()
+        writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(self.path / "folds.csv", table.getvalue())
         trained = sum(len(train) + len(val) for train, val, _ in self.parts)
         ratio = sum(len(fold) for _, _, fold in self.parts) / trained
-        names = [name for name in rows[0] if is_score(name)]
         result = {
-            "scores": {name: _summary([row[name] for row in rows], ratio) for name in names},
+            "scores": {name: _summary([row[name] for row in rows], ratio) for name in self.scores},
             **self._own(),
             "samples": len(self.rest),
             "test_samples": len(self.held_out),
@@ -246,7 +253,7 @@ class CrossValidation:
             "versions": versions(),
         }
         text = json.dumps(result, indent=2, allow_nan=False) + "\n"
-        (self.path / "cross_validation.json").write_text(text)
+        write_text(self.path / "cross_validation.json", text)
         return result
 
 
@@ -280,11 +287,27 @@ def _method(method: str, config: Config, dataset: Dataset) -> str:
     return method
 
 
-def _finished(path: Path) -> Row | None:
+def _finished(path: Path, scores: Sequence[str]) -> Row | None:
+    """What a fold came to, None where it is to be run.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     try:
-        return json.loads(path.read_text())
+        metrics = json.loads(path.read_text())
     except (FileNotFoundError, json.JSONDecodeError):  # killed before or while it was written
         return None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"resume: {path} is damaged: {error}") from None
+    if not isinstance(metrics, dict):
+        raise ValueError(f"resume: {path} is damaged: expected names and values")
+    kinds = {"epochs": (int,), "best_epoch": (int, NoneType), "seconds": (float,)}
+    kinds |= dict.fromkeys(("best_val_loss", *scores), (float, NoneType))
+    for name, kind in kinds.items():
+        value = metrics.get(name, "missing")
+        if type(value) not in kind or (type(value) is float and not math.isfinite(value)):
+            raise ValueError(f"resume: {path} is damaged: {name} is {value!r:.40}")
+    return metrics
 
 
 def _summary(values: list[float | None], test_to_train: float) -> Row:

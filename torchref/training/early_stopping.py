@@ -1,5 +1,6 @@
 """Early stopping that keeps what it found, and keeping what was found without it."""
 
+from numbers import Real
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from torch import Tensor
 
-from torchref.training.checks import check_choice, check_range
+from torchref.training.checks import check_choice, check_integer, check_range, check_type
 
 
 class RestoreBest(Callback):
@@ -22,6 +23,7 @@ class RestoreBest(Callback):
 
     Raises:
         ValueError: ``mode`` is unknown.
+        TypeError: ``monitor`` is no text.
 
     Example:
         >>> best = RestoreBest("val_accuracy", mode="max")
@@ -32,6 +34,7 @@ class RestoreBest(Callback):
     """
 
     def __init__(self, monitor: str = "val_loss", mode: str = "min") -> None:
+        check_type("monitor", monitor, "a metric's name", str)
         check_choice("mode", mode, ("min", "max"))
         self.monitor, self.mode = monitor, mode
         self.score: float | None = None
@@ -76,13 +79,14 @@ class EarlyStopping(callbacks.EarlyStopping):
     Args:
         monitor: a logged metric.
         patience: validation checks without improvement before it stops, >= 1.
-        min_delta: an improvement is larger than this, >= 0.
+        min_delta: an improvement is larger than this, finite and >= 0.
         mode: ``min`` or ``max``.
         start_from_epoch: checks before this epoch neither count nor are the best, >= 0; for a
             warmup, or a metric that is good by chance at first.
 
     Raises:
         ValueError: ``patience``, ``min_delta`` or ``start_from_epoch`` is out of its range.
+        TypeError: one of them is no number, or ``monitor`` no text.
 
     Example:
         >>> stopping = EarlyStopping("val_loss", patience=5)
@@ -100,9 +104,11 @@ class EarlyStopping(callbacks.EarlyStopping):
         mode: str = "min",
         start_from_epoch: int = 0,
     ) -> None:
-        check_range("patience", patience, ">= 1", patience >= 1)
-        check_range("min_delta", min_delta, ">= 0", min_delta >= 0)
-        check_range("start_from_epoch", start_from_epoch, ">= 0", start_from_epoch >= 0)
+        check_type("monitor", monitor, "a metric's name", str)
+        check_integer("patience", patience, 1)
+        check_type("min_delta", min_delta, "a number", Real)
+        check_range("min_delta", min_delta, "finite and >= 0", 0 <= min_delta < torch.inf)
+        check_integer("start_from_epoch", start_from_epoch, 0)
         # After validation, not at the end of the training epoch: patience then counts checks.
         super().__init__(monitor, min_delta, patience, mode=mode, check_on_train_epoch_end=False)
         self.start_from_epoch = start_from_epoch

@@ -29,6 +29,7 @@ from torchref.diagnostics.predictions import (
     reliability,
     worst_values,
 )
+from torchref.training.checkpoint import write_text
 from torchref.training.curves import plot_learning_curves
 from torchref.training.module import MLPRegressor
 
@@ -54,6 +55,9 @@ def write_report(run: "Run", metrics: dict[str, Any], path: str | Path) -> None:
         run: after it was executed.
         metrics: what that returned.
         path: of the page.
+
+    Raises:
+        OSError: the page cannot be written, on a full disk say.
     """
     parts = [
         ("Result", _result(run, metrics)),
@@ -79,7 +83,7 @@ def write_report(run: "Run", metrics: dict[str, Any], path: str | Path) -> None:
         f'<header><h1>{name}</h1><nav aria-label="Contents"><ul>{links}</ul></nav></header>'
         f"<main>{body}</main></body></html>\n"
     )
-    Path(path).write_text(page, encoding="utf-8")
+    write_text(Path(path), page)
 
 
 def _result(run: "Run", metrics: dict[str, Any]) -> str:

@@ -5,7 +5,8 @@ and the metrics of every process, and which batches of the epoch are done.
 """
 
 import random
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sized
 from itertools import islice
 from typing import Any, cast
 
@@ -16,7 +17,12 @@ from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 from torchmetrics import Metric
 
-from torchref.training.checks import check_range
+from torchref.training.checks import check_integer, check_range
+
+KEY = "ExactResume"  # of its state in a checkpoint
+WORDS = 624  # of a Mersenne Twister
+# what comes of reading a state that is none, or of giving it to a generator of the three libraries
+DAMAGE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class ExactResume(Callback):
@@ -34,7 +40,11 @@ class ExactResume(Callback):
     ``on_epoch=True`` has the batches since the resume alone (log a metric of torchmetrics instead);
     metrics that count beyond their epoch, and what a metric keeps besides its states; gradients
     half accumulated; ``ReduceLROnPlateau`` by epochs, which Lightning steps after the checkpoint
-    of the epoch's end; and the generators that a data set has to itself.
+    of the epoch's end; and the generators that a data set has to itself. A warning tells where a
+    checkpoint has no such state, or generators of other GPUs than there are.
+
+    Raises:
+        ValueError: what the checkpoint holds of it is damaged. Nothing is put back then.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -56,14 +66,20 @@ class ExactResume(Callback):
         if _processes() > 1:  # every one of them makes a checkpoint, one saves it
             states *= _processes()
             distributed.all_gather_object(states, own)
-        checkpoint[type(self).__qualname__] = states
+        checkpoint[KEY] = states
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        states = checkpoint.get(type(self).__qualname__)
-        if states is None:  # made without this callback
+        if KEY not in checkpoint:
+            warnings.warn(
+                "ExactResume: the checkpoint was saved without it: random numbers and metrics are "
+                "other than those of the uninterrupted run",
+                stacklevel=2,
+            )
             return
+        check_exact(checkpoint, pl_module)
+        states = checkpoint[KEY]
         same = len(states) == _processes()
         state = states[_rank() if same else 0]
         _set_generators(state["generators"])
@@ -71,6 +87,26 @@ class ExactResume(Callback):
             _set_metrics(pl_module, state["metrics"])
         else:
             _begin_epoch_anew(checkpoint["loops"]["fit_loop"])
+
+
+def check_exact(checkpoint: dict[str, Any], module: nn.Module) -> None:
+    """Refuse what :class:`ExactResume` could not put back.
+
+    Raises:
+        ValueError: there is nothing of it, or other than it saves.
+    """
+    states = checkpoint.get(KEY)
+    if not isinstance(states, list) or not states:
+        raise ValueError(f"{KEY}: expected a state of each process, got {states!r:.40}")
+    for state in states:
+        try:
+            # on generators that nobody uses
+            others = torch.Generator(), np.random.RandomState(), random.Random()
+            _set_cpu_generators(state["generators"], *others)
+            _check_cuda_generators(state["generators"])
+            _check_metrics(state["metrics"], module)
+        except DAMAGE as error:
+            raise ValueError(f"{KEY}: damaged: {type(error).__name__}: {error}") from None
 
 
 class ResumableDataLoader(DataLoader):
@@ -94,13 +130,16 @@ class ResumableDataLoader(DataLoader):
             ``persistent_workers`` are taken.
 
     Raises:
-        ValueError: an iterable data set, or an option that is taken.
+        ValueError: an iterable data set, an option that is taken, or a value out of its range;
+            from ``load_state_dict``, a state of other batches than these.
+        TypeError: ``batch_size`` or ``seed`` is no integer.
 
     Example:
         >>> loader = ResumableDataLoader(torch.arange(6), batch_size=2, seed=1)
-        >>> batches = [batch.tolist() for batch in loader]
-        >>> loader.load_state_dict({"epoch": 0, "batches": 2})
-        >>> [batch.tolist() for batch in loader] == batches[2:]
+        >>> batches = iter(loader)
+        >>> done, state = next(batches), loader.state_dict()
+        >>> loader.load_state_dict(state)
+        >>> [batch.tolist() for batch in loader] == [batch.tolist() for batch in batches]
         True
     """
 
@@ -117,6 +156,8 @@ class ResumableDataLoader(DataLoader):
     ) -> None:
         iterable = isinstance(dataset, IterableDataset)
         check_range("dataset", type(dataset).__name__, "one with a length", not iterable)
+        check_integer("batch_size", batch_size, 1)
+        check_integer("seed", seed, 0)
         for name in ("sampler", "batch_sampler", "generator", "persistent_workers"):
             check_range(name, options.get(name), "nothing: it is taken", not options.get(name))
         share = _Share(
@@ -149,10 +190,31 @@ class ResumableDataLoader(DataLoader):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        return {"epoch": self._share.epoch, "batches": self._handed_out}
+        return {"epoch": self._share.epoch, "batches": self._handed_out, **self._order()}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        check_range("state_dict", state_dict, "names and numbers", isinstance(state_dict, dict))
+        for name, expected in self._order().items():  # else the batches done had other samples
+            found = state_dict.get(name)
+            fits = type(found) is type(expected) and found == expected
+            check_range(f"state_dict: {name}", found, repr(expected), fits)
+        epoch, batches, most = state_dict.get("epoch"), state_dict.get("batches"), len(self)
+        fits = type(epoch) is int and epoch >= 0
+        check_range("state_dict: epoch", epoch, "an integer >= 0", fits)
+        fits = type(batches) is int and 0 <= batches <= most
+        check_range("state_dict: batches", batches, f"an integer in [0, {most}]", fits)
         self._resume = dict(state_dict)
+
+    def _order(self) -> dict[str, int]:
+        """What decides which samples a batch has, besides the epoch and the rank."""
+        share = self._share
+        return {
+            "samples": len(cast(Sized, self.dataset)),
+            "batch_size": int(cast(int, self.batch_size)),
+            "shuffle": bool(share.shuffle),
+            "seed": int(share.seed),
+            "num_replicas": share.num_replicas,
+        }
 
 
 class _Share(DistributedSampler):
@@ -186,13 +248,33 @@ def _generators() -> dict[str, Any]:
 
 
 def _set_generators(states: dict[str, Any]) -> None:
-    torch.set_rng_state(states["torch"].cpu())
-    if len(states["cuda"]) == torch.cuda.device_count():
+    _set_cpu_generators(states, torch.default_generator, np.random, random)
+    saved, there = len(states["cuda"]), torch.cuda.device_count()
+    if saved == there:
         torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
-    kind, words, *counts = states["numpy"]
-    np.random.set_state((kind, words.cpu().numpy(), *counts))
+    elif saved or torch.cuda.is_initialized():
+        warnings.warn(
+            f"ExactResume: the checkpoint has generators of {saved} GPUs, there are {there}: what "
+            "they draw is other than in the uninterrupted run",
+            stacklevel=2,
+        )
+
+
+def _set_cpu_generators(states: dict[str, Any], of_torch: Any, of_numpy: Any, python: Any) -> None:
+    """Generators, or the modules that stand for the global ones."""
+    of_torch.set_state(states["torch"].cpu())
+    kind, words, place, *normal = states["numpy"]
+    # NumPy would read beyond its words
+    check_range("numpy", place, f"a place in [0, {WORDS}]", 0 <= place <= WORDS)
+    of_numpy.set_state((kind, words.cpu().numpy(), place, *normal))
     version, numbers, last = states["python"]
-    random.setstate((version, tuple(numbers.tolist()), last))
+    python.setstate((version, tuple(numbers.tolist()), last))
+
+
+def _check_cuda_generators(states: dict[str, Any]) -> None:
+    for state in states["cuda"]:
+        fits = isinstance(state, Tensor) and state.dtype == torch.uint8
+        check_range("cuda", state, "bytes", fits)
 
 
 def _begin_epoch_anew(fit_loop: dict[str, Any]) -> None:
@@ -210,6 +292,15 @@ def _metrics(module: nn.Module) -> dict[str, dict[str, Any]]:
         for name, metric in module.named_modules()
         if isinstance(metric, Metric) and metric.update_called
     }
+
+
+def _check_metrics(states: dict[str, dict[str, Any]], module: nn.Module) -> None:
+    for name, metric in module.named_modules():
+        if isinstance(metric, Metric):
+            for key, value in states.get(name, {}).items():
+                tensors = value if isinstance(value, list) else [value]
+                fits = key in metric.metric_state and all(isinstance(x, Tensor) for x in tensors)
+                check_range(name, key, "tensors, of a state that the metric has", fits)
 
 
 def _set_metrics(module: nn.Module, states: dict[str, dict[str, Any]]) -> None:

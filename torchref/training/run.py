@@ -1,14 +1,13 @@
 """One training run, from its configuration to the files it leaves."""
 
 import contextlib
-import errno
 import json
 import logging
 import math
 import os
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from filelock import FileLock, Timeout
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -26,10 +24,12 @@ import torchref
 from torchref.data.augment.image import save_picture
 from torchref.data.datasets import Dataset, load_dataset
 from torchref.data.normalize import Fitted
+from torchref.data.reading import check_file
 from torchref.training.augment import build_augment, oversample
 from torchref.training.checkpoint import (
     AtomicCheckpointIO,
     LastCheckpoint,
+    alone,
     previous,
     read_checkpoint,
     write_text,
@@ -48,7 +48,7 @@ from torchref.training.module import MLPClassifier, MLPRegressor
 from torchref.training.non_finite import StopOnNonFinite
 from torchref.training.parity import Parity
 from torchref.training.progress import EpochProgress
-from torchref.training.resume import ExactResume
+from torchref.training.resume import DAMAGE, ExactResume, check_exact
 
 FILES = (
     "best.ckpt",
@@ -168,6 +168,8 @@ class Run:
         if resume:
             self._check_resume()
         seed_everything(config.seed, verbose=False)
+        # Last, so that it holds what the other callbacks know by then.
+        callbacks = (*callbacks, LastCheckpoint(self.path, config.save_every))
         try:
             self.trainer = self._trainer(callbacks, progress)
         except TypeError as error:  # Lightning's, for devices that are no devices
@@ -211,17 +213,21 @@ class Run:
                     f"resume: {name} was {was!r} in {self.path}, got {getattr(self.config, name)!r}"
                 )
         try:
-            done = saved["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-            data = saved[type(self.data).__qualname__]["fingerprint"]
-            waited = saved["callbacks"][self.stopping.state_key]["wait_count"]
-            broken = saved["callbacks"][self.finite.state_key]["reason"]
-        except KeyError as error:
-            raise ValueError(f"resume: {path} is no run's checkpoint: no {error}") from None
+            done = _find(saved, int, "loops", "fit_loop", "epoch_progress", "current", "processed")
+            data = _find(saved, object, type(self.data).__qualname__, "fingerprint")
+            waited = _find(saved, int, "callbacks", self.stopping.state_key, "wait_count")
+            broken = _find(saved, object, "callbacks", self.finite.state_key, "reason")
+        except ValueError as error:
+            raise ValueError(f"resume: {path} is no run's checkpoint: {error}") from None
         if data != self.data.fingerprint:
             raise ValueError(
                 f"resume: the samples, targets or names of {self.config.dataset} are other than "
                 f"those of {self.path} (fingerprint {data}, now {self.data.fingerprint})"
             )
+        try:
+            self._check_states(saved)
+        except ValueError as error:
+            raise ValueError(f"resume: {path} does not fit this run: {error}") from None
         self.before, finished = _earlier(self.path / "metrics.json")
         if finished:  # else there is something left to do: the scores
             if broken:
@@ -230,6 +236,22 @@ class Run:
             check_range("epochs", epochs, f"more than the {done} done", epochs > done)
             expected = f"more than the {waited} epochs it has waited"
             check_range("patience", patience, expected, patience > waited)
+
+    def _check_states(self, saved: dict[str, Any]) -> None:
+        """Refuse what training could not load, before it has changed anything."""
+        _check_shapes(_find(saved, dict, "state_dict"), self.model.state_dict())
+        _find(saved, list, "lr_schedulers")
+        states = _find(saved, list, "optimizer_states")
+        check_range("optimizer_states", len(states), "the state of one optimizer", len(states) == 1)
+        try:
+            self.model.configure_optimizers().load_state_dict(states[0])
+        except DAMAGE as error:
+            raise ValueError(f"optimizer_states: {type(error).__name__}: {error}") from None
+        check_exact(saved, self.model)
+        if len(saved["ExactResume"]) == 1:  # of several processes each had another loader
+            loader: Any = self.data.train_dataloader()
+            for state in _find(saved, list, "loops", "fit_loop", "state_dict", "combined_loader"):
+                loader.load_state_dict(state)
 
     def _checkpoint(self) -> tuple[Path, dict[str, Any]]:
         """The one to go on from; what is wrong with it, and whether there is another."""
@@ -258,8 +280,6 @@ class Run:
         if self.parity:
             callbacks.append(self.parity)
         callbacks += more
-        # Last, so that it holds what the other callbacks know by then.
-        callbacks.append(LastCheckpoint(self.path, config.save_every))
         return Trainer(
             accelerator=config.accelerator,
             devices=config.devices,
@@ -330,25 +350,11 @@ class Run:
         self._write(metrics)
         return metrics
 
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _alone(self) -> contextlib.AbstractContextManager[None]:
         """Keep other runs out of the folder."""
         if not self.trainer.is_global_zero:
-            yield
-            return
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / ".lock", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            text = "another run is writing to it; --name names another folder"
-            raise OSError(errno.EBUSY, text, str(self.path)) from None
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):  # Windows unlinks no open file
-                (self.path / ".lock").unlink()  # while it is held: nobody waits for it
-            lock.release()
+            return contextlib.nullcontext()
+        return alone(self.path / ".lock", "run")
 
     def _test(self) -> dict[str, Any]:
         self.trainer.test(self.model, datamodule=self.data, verbose=False)
@@ -443,15 +449,37 @@ def _inputs(dataset: Dataset, config: Config) -> dict[str, Any]:
     return {"kind": "table", "missing": config.missing == "impute", "columns": columns}
 
 
+def _find(saved: Any, kind: type, *names: str) -> Any:
+    """What a checkpoint holds there."""
+    for name in names:
+        if not isinstance(saved, dict) or name not in saved:
+            raise ValueError(f"no {name!r}")
+        saved = saved[name]
+    if not isinstance(saved, kind):
+        raise ValueError(f"{names[-1]!r} is of type {type(saved).__name__}")
+    return saved
+
+
+def _check_shapes(state: dict[str, Any], expected: dict[str, Tensor]) -> None:
+    for name in {**expected, **state}:
+        values = state.get(name), expected.get(name)
+        found, shape = (tuple(x.shape) if isinstance(x, Tensor) else None for x in values)
+        text = f"shape {shape}" if name in expected else "nothing of that name"
+        check_range(f"state_dict: {name}", found, text, name in expected and found == shape)
+
+
 def _earlier(metrics: Path) -> tuple[Earlier, bool]:
     """What is known of the run before, and whether it came to its end."""
     if not metrics.exists():
         return Earlier(), False
+    check_file(metrics)
     try:
         found = json.loads(metrics.read_text())
         before = Earlier(int(found["test_opened"]), float(found["seconds"]))
+        if before.test_opened < 0 or not 0 <= before.seconds < math.inf:
+            raise ValueError
         return before, not found.get("unfinished", False)
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
         raise ValueError(f"resume: {metrics} is damaged") from None
 
 

@@ -1,6 +1,8 @@
 """Search hyperparameters: what varies, how it is tried, and what is left of it."""
 
 import csv
+import errno
+import io
 import math
 import multiprocessing
 import shutil
@@ -24,6 +26,7 @@ from torchref.data.augment import image, tabular, text
 from torchref.data.datasets import Dataset
 from torchref.data.normalize import SCALERS
 from torchref.diagnostics.drawing import new_figure
+from torchref.training.checkpoint import alone, write_text
 from torchref.training.checks import check_choice, check_range
 from torchref.training.config import NETWORK, Config, options, read_mapping
 from torchref.training.curves import COLORS, LABELS
@@ -431,6 +434,7 @@ def tune(
     Raises:
         ValueError: an argument is out of its range, malformed data, or a resumed search differs.
         FileNotFoundError: there is no such data file, or nothing to resume.
+        OSError: the folder cannot be written, or another search is writing to it.
         ImportError: the engine is not installed.
 
     Source: the course, "Hyperparameters of a neural network" and "Choosing the regularization
@@ -443,17 +447,20 @@ def tune(
         objective = Training(load(config))  # wrong data are told before older files go
     asked = {"search": list(search), "method": method, "engine": engine}
     asked |= {"trials": trials, "prune": plan.prune, **asdict(config)}
-    if resume:
-        _check_resume(plan.path, asked)
-    else:
-        _clear(plan.path)
-    (plan.path / "trials").mkdir(parents=True, exist_ok=True)
-    (plan.path / "search.yaml").write_text(yaml.safe_dump(asked, sort_keys=False))
-    if engine == "ray":
-        from torchref.training.tune_ray import run_ray
+    if resume and not (plan.path / "search.yaml").exists():
+        raise FileNotFoundError(f"resume: no search in {plan.path}")
+    with alone(plan.path / ".search.lock", "search"):
+        if resume:
+            _check_resume(plan.path, asked)
+        else:
+            _clear(plan.path)
+        (plan.path / "trials").mkdir(exist_ok=True)
+        write_text(plan.path / "search.yaml", yaml.safe_dump(asked, sort_keys=False))
+        if engine == "ray":
+            from torchref.training.tune_ray import run_ray
 
-        return write_results(plan, run_ray(plan, objective, resume))
-    return write_results(plan, run_optuna(plan, objective))
+            return write_results(plan, run_ray(plan, objective, resume))
+        return write_results(plan, run_optuna(plan, objective, resume))
 
 
 def search_folder(config: Config) -> str:
@@ -502,10 +509,7 @@ def _quiet_optuna() -> None:
 
 
 def _check_resume(path: Path, asked: dict[str, Any]) -> None:
-    file = path / "search.yaml"
-    if not file.exists():
-        raise FileNotFoundError(f"resume: no search in {path}")
-    before = read_mapping(file)
+    before = read_mapping(path / "search.yaml")
     for name, value in asked.items():
         was = before.get(name, getattr(Config, name, None))  # it may be older than an option
         if name not in RESUMABLE[asked["engine"]] and was != value:
@@ -560,10 +564,17 @@ def describe_params(params: dict[str, Any]) -> str:
 # Optuna.
 
 
-def run_optuna(plan: Plan, objective: Objective) -> list[Trial]:
+def run_optuna(plan: Plan, objective: Objective, resume: bool) -> list[Trial]:
     """Let Optuna ask until enough trials have ended; what ``study.db`` knows is kept."""
+    from optuna.exceptions import StorageInternalError
+
+    path = plan.path / "study.db"
+    if resume and not path.exists():
+        raise FileNotFoundError(f"resume: {path} is missing, and with it what was tried")
     storage = _storage(plan)
     try:
+        if resume and not storage.get_all_studies():
+            raise ValueError(f"resume: {path} is damaged: it holds no search")
         study = _open_study(plan, storage)
         _mark_killed(study)
         run = _in_process if plan.jobs == 1 else _in_workers
@@ -573,6 +584,9 @@ def run_optuna(plan: Plan, objective: Objective) -> list[Trial]:
             done = [t for t in known if t.state not in ("killed", "running")]
             tell_progress(known[trial.number], best_of(known), len(done), plan.total)
         return _records(study)
+    except StorageInternalError as error:  # on a full disk say; it tells neither file nor cause
+        cause = getattr(error.__cause__, "orig", error)
+        raise OSError(errno.EIO, str(cause), str(path)) from None
     finally:
         storage.remove_session()
         storage.engine.dispose()
@@ -581,7 +595,7 @@ def run_optuna(plan: Plan, objective: Objective) -> list[Trial]:
 def _storage(plan: Plan) -> "optuna.storages.RDBStorage":
     import optuna
     from sqlalchemy import URL
-    from sqlalchemy.exc import DatabaseError
+    from sqlalchemy.exc import DatabaseError, OperationalError
 
     path = plan.path / "study.db"
     try:
@@ -590,6 +604,8 @@ def _storage(plan: Plan) -> "optuna.storages.RDBStorage":
             str(URL.create("sqlite", database=str(path))),
             engine_kwargs={"connect_args": {"timeout": 60}},  # seconds that a writer waits
         )
+    except OperationalError as error:
+        raise OSError(errno.EIO, str(error.orig), str(path)) from None
     except DatabaseError as error:
         raise ValueError(f"resume: {path} is damaged: {error.orig}") from None
 
@@ -602,9 +618,9 @@ def _open_study(plan: Plan, storage: "optuna.storages.RDBStorage") -> "optuna.St
         if plan.prune
         else optuna.pruners.NopPruner()
     )
-    return optuna.create_study(
-        storage=storage, study_name=plan.path.name, pruner=pruner, load_if_exists=True
-    )
+    names = [study.study_name for study in storage.get_all_studies()]
+    name = names[0] if names else plan.path.name  # the folder may have been renamed since
+    return optuna.create_study(storage=storage, study_name=name, pruner=pruner, load_if_exists=True)
 
 
 def _mark_killed(study: "optuna.Study") -> None:
@@ -802,7 +818,11 @@ def write_results(plan: Plan, trials: list[Trial]) -> Results:
     """Write what the trials of either engine have shown."""
     best = best_of(trials)
     _write_table(plan, trials, plan.path / "trials.csv")
-    for name in ("best.yaml", "history.png", "importance.png", "sweep.png"):
+    if best is not None:
+        tried = plan.trial_config(best.params, best.number)
+        found = replace(tried, name=None, parity=plan.config.parity)
+        write_text(plan.path / "best.yaml", yaml.safe_dump(asdict(found), sort_keys=False))
+    for name in ("history.png", "importance.png", "sweep.png"):
         (plan.path / name).unlink(missing_ok=True)  # of the search before it was resumed
     importance, reason = None, None
     try:
@@ -811,9 +831,6 @@ def write_results(plan: Plan, trials: list[Trial]) -> Results:
     except ValueError as error:
         reason = str(error)
     if best is not None:
-        tried = plan.trial_config(best.params, best.number)
-        found = replace(tried, name=None, parity=plan.config.parity)
-        (plan.path / "best.yaml").write_text(yaml.safe_dump(asdict(found), sort_keys=False))
         plot_history(trials, plan.path / "history.png")
         name = _swept(plan.search)
         if name is not None:
@@ -823,15 +840,14 @@ def write_results(plan: Plan, trials: list[Trial]) -> Results:
 
 def _write_table(plan: Plan, trials: Iterable[Trial], path: Path) -> None:
     names = [parameter.name for parameter in plan.search.parameters]
-    with open(path, "w", newline="") as file:
-        out = csv.writer(file, lineterminator="\n")
-        out.writerow(
-            ["number", "state", "value", "train_loss", *names, "seconds", "epochs_trained"]
-        )
-        for trial in trials:
-            begin = [trial.number, trial.state, trial.value, trial.train_loss]
-            params = [trial.params.get(name) for name in names]
-            out.writerow([*begin, *params, trial.seconds, trial.epochs])
+    text = io.StringIO()
+    out = csv.writer(text, lineterminator="\n")
+    out.writerow(["number", "state", "value", "train_loss", *names, "seconds", "epochs_trained"])
+    for trial in trials:
+        begin = [trial.number, trial.state, trial.value, trial.train_loss]
+        params = [trial.params.get(name) for name in names]
+        out.writerow([*begin, *params, trial.seconds, trial.epochs])
+    write_text(path, text.getvalue())
 
 
 def measure_importance(search: Search, trials: Iterable[Trial]) -> dict[str, float]:

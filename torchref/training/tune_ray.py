@@ -77,7 +77,9 @@ def _tuner(plan: Plan, objective: Objective, resume: bool) -> "tune.Tuner":
 
     path = plan.path.resolve() / "ray"
     trainable = _trainable(plan, objective)
-    if resume and tune.Tuner.can_restore(str(path)):
+    if resume:
+        if not tune.Tuner.can_restore(str(path)):
+            raise FileNotFoundError(f"resume: {path} is missing, and with it what was tried")
         return tune.Tuner.restore(str(path), trainable, resume_unfinished=True)
     return tune.Tuner(
         trainable,

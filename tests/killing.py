@@ -1,11 +1,14 @@
-"""Processes that are killed at a chosen moment, and what two runs must have in common."""
+"""Processes killed at a chosen moment, a full disk, and what two runs must have in common."""
 
+import contextlib
 import csv
 import json
 import multiprocessing
 import os
 import random
+import resource
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +59,20 @@ class Trouble(Callback):
             if self.number is None:
                 raise RuntimeError("its own")
             os.kill(os.getpid(), self.number)
+
+
+@contextlib.contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """Files end at that many bytes, which is how a system without root can refuse to write.
+
+    No longer than for what is tried: pytest's own output may go to a file, too.
+    """
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def fork_server() -> Any:

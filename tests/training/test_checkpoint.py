@@ -4,13 +4,13 @@ import errno
 import io
 import math
 import os
-import resource
 import shutil
 import zipfile
 from dataclasses import replace
 
 import pytest
 import torch
+from killing import full_disk
 from lightning.pytorch import Trainer
 
 from torchref.training import (
@@ -227,27 +227,13 @@ def test_the_checkpoint_that_training_came_from_stays(path):
     assert read_checkpoint(previous(path))["epoch"] == 5
 
 
-@pytest.fixture
-def full_disk():
-    """Files end at 2 KiB, which is how a system without root can refuse to write."""
-
-    def limit(size):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield limit
-    limit(before[0])
-
-
-def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, full_disk):
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
     Run(IRIS, root=tmp_path, progress=False).execute()
     last = tmp_path / "iris" / "last.ckpt"
     before = last.read_bytes()
     longer = Run(replace(IRIS, epochs=4), resume="last", root=tmp_path, progress=False)
-    full_disk(4096)
-    with pytest.raises(OSError, match=r"File too large: .*last.ckpt'"):
+    with full_disk(4096), pytest.raises(OSError, match=r"File too large: .*last.ckpt'"):
         longer.execute()
-    full_disk(resource.RLIM_INFINITY)
     assert last.read_bytes() == before
     metrics = Run(replace(IRIS, epochs=4), resume="last", root=tmp_path, progress=False).execute()
     assert metrics["epochs"] == 4

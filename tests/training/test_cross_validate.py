@@ -1,13 +1,13 @@
 import csv
 import json
 import math
-import resource
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from killing import full_disk
 from sklearn.metrics import accuracy_score
 
 from torchref.data import kfold, load_dataset
@@ -57,18 +57,6 @@ def planted(monkeypatch):
         monkeypatch.setattr(cross_validate, "_run", run)
 
     return plant
-
-
-@pytest.fixture
-def full_disk():
-    """Files end at some size, which is how a system without root can refuse to write."""
-
-    def limit(size):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield limit
-    limit(before[0])
 
 
 def table(cv):
@@ -405,22 +393,20 @@ def test_a_second_one_of_a_name_does_not_spoil_the_first(tmp_path, planted):
 # 100 bytes are less than any of them, 1000 more than a table of two folds and less than all that
 # came of them.
 @pytest.mark.parametrize(("size", "file"), [(100, "folds.csv"), (1000, "cross_validation.json")])
-def test_a_full_disk_leaves_the_last_results(tmp_path, planted, full_disk, size, file):
+def test_a_full_disk_leaves_the_last_results(tmp_path, planted, size, file):
     planted([0.5] * 2)
     cv = CrossValidation(IRIS, folds=2, root=tmp_path)
     cv.execute()
     before = (cv.path / file).read_bytes()
-    full_disk(size)
-    with pytest.raises(OSError, match=rf"File too large: .*{file}'"):
+    with full_disk(size), pytest.raises(OSError, match=rf"File too large: .*{file}'"):
         cv.execute(resume=True)
-    full_disk(resource.RLIM_INFINITY)
     assert (cv.path / file).read_bytes() == before
 
 
-def test_a_full_disk_leaves_no_part_of_the_configuration(tmp_path, full_disk):
-    full_disk(100)
+def test_a_full_disk_leaves_no_part_of_the_configuration(tmp_path):
     cv = CrossValidation(IRIS, folds=2, root=tmp_path)
-    with pytest.raises(OSError, match=r"File too large: .*cross_validation.yaml'"):
+    name = "cross_validation.yaml"
+    with full_disk(100), pytest.raises(OSError, match=rf"File too large: .*{name}'"):
         cv.execute()
     assert list(cv.path.iterdir()) == []
 

@@ -2,13 +2,13 @@
 
 import importlib.util
 import re
-import resource
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
+from killing import full_disk
 
 from torchref.data.datasets import Dataset
 from torchref.training import Config, Run, write_report
@@ -203,19 +203,11 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_page(tmp_path, monkeypatch,
     spec.loader.exec_module(script)
     monkeypatch.chdir(tmp_path)
     page = tmp_path / "runs" / "iris" / "report.html"
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def fill(run, metrics):
-        page.write_text("whole")
-        size = 60_000  # more than a drawing, less than the page
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-
-    monkeypatch.setattr(script, "summarize", fill)
-    try:
-        with pytest.raises(SystemExit) as stopped:
-            script.main(["--dataset", "iris", "--epochs", "2", "--no-parity", "--width", "16"])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    write = full_disk(60_000)(script.write_report)  # more than a drawing, less than the page
+    monkeypatch.setattr(script, "write_report", write)
+    monkeypatch.setattr(script, "summarize", lambda run, metrics: page.write_text("whole"))
+    with pytest.raises(SystemExit) as stopped:
+        script.main(["--dataset", "iris", "--epochs", "2", "--no-parity", "--width", "16"])
     assert stopped.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
         "train.py: error: runs/iris/report.html: File too large"

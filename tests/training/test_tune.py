@@ -1,9 +1,9 @@
 import csv
 import math
 import os
-import resource
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from multiprocessing import Pipe
 from threading import Thread
@@ -13,6 +13,7 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from killing import full_disk
 
 from torchref.training import Config, DataModule, Run
 from torchref.training.tune import (
@@ -53,18 +54,6 @@ def _threads():
     count = torch.get_num_threads()
     yield
     torch.set_num_threads(count)
-
-
-@pytest.fixture
-def full_disk():
-    """Files end at some size, which is how a system without root can refuse to write."""
-
-    def limit(size):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield limit
-    limit(before[0])
 
 
 def bowl(config, root, report):
@@ -447,45 +436,39 @@ def test_a_second_search_of_a_name_does_not_spoil_the_first(tmp_path):
 # A full disk.
 
 
-def test_a_full_disk_leaves_what_was_asked_for(tmp_path, full_disk):
+def test_a_full_disk_leaves_what_was_asked_for(tmp_path):
     path = search(tmp_path, LR, trials=2).path
     before = (path / "search.yaml").read_bytes()
-    full_disk(100)
-    with pytest.raises(OSError, match=r"File too large: .*search.yaml'"):
+    with full_disk(100), pytest.raises(OSError, match=r"File too large: .*search.yaml'"):
         search(tmp_path, LR, trials=3, resume=True)
-    full_disk(resource.RLIM_INFINITY)
     assert (path / "search.yaml").read_bytes() == before
     assert len(search(tmp_path, LR, trials=3, resume=True).trials) == 3
 
 
 # 100 bytes are less than a table of two trials, 500 more than it and less than a configuration.
 @pytest.mark.parametrize(("size", "file"), [(100, "trials.csv"), (500, "best.yaml")])
-def test_a_full_disk_leaves_the_last_results(tmp_path, full_disk, monkeypatch, size, file):
+def test_a_full_disk_leaves_the_last_results(tmp_path, monkeypatch, size, file):
     module = sys.modules[tune.__module__]
     path = search(tmp_path, LR, trials=2).path
     before = (path / file).read_bytes()
-    write = module.write_results
-    monkeypatch.setattr(module, "write_results", lambda *args: (full_disk(size), write(*args)))
+    monkeypatch.setattr(module, "write_results", full_disk(size)(module.write_results))
     with pytest.raises(OSError, match=rf"File too large: .*{file}'"):
         search(tmp_path, LR, trials=2, resume=True)
-    full_disk(resource.RLIM_INFINITY)
     assert (path / file).read_bytes() == before
 
 
-def test_a_full_disk_is_told_by_the_study_and_the_search_goes_on(tmp_path, full_disk):
+def test_a_full_disk_is_told_by_the_study_and_the_search_goes_on(tmp_path):
     def filling(config, root, report):
-        full_disk(100)
+        disk.enter_context(full_disk(100))
         return bowl(config, root, report)
 
-    with pytest.raises(OSError, match=r"study.db'"):
+    with ExitStack() as disk, pytest.raises(OSError, match=r"study.db'"):
         search(tmp_path, LR, filling, trials=3)
-    full_disk(resource.RLIM_INFINITY)
     states = [t.state for t in search(tmp_path, LR, trials=3, resume=True).trials]
     assert states == ["killed"] + ["complete"] * 3
     plan = _plan(IRIS, LR, "bayes", 1, 1, None, tmp_path)
     (plan.path / "study.db").unlink()
-    full_disk(100)
-    with pytest.raises(OSError, match=r"study.db'"):
+    with full_disk(100), pytest.raises(OSError, match=r"study.db'"):
         run_optuna(plan, bowl, resume=False)
 
 

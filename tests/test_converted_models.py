@@ -140,6 +140,8 @@ def test_compiled_for_two_batch_sizes(kind, dynamic):
 
 @MODELS
 def test_compiled_by_inductor(kind):
+    if kind == "tokens" and torch.__version__ < (2, 12):
+        pytest.skip("torch 2.11 compiles no float64 attention on a CPU, its own neither")
     original, converted = make(kind)
     without_dropout(original, converted)
     compiled = torch.compile(converted, fullgraph=True, mode="reduce-overhead")
@@ -173,6 +175,7 @@ def test_exported_for_any_batch_size(kind, strict):
 
 @MODELS
 @pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch 2.11's, of its file
 def test_exported_and_saved(kind, strict):
     original, converted = (model.eval() for model in make(kind))
     x, _ = batch(kind)

@@ -275,10 +275,10 @@ LOSSES = [
         X,
     ),
     row(
-        "log_softmax: dim is a word",
-        lambda t, x: t.F.log_softmax(x, "1"),
+        "log_softmax: dim is a list",
+        lambda t, x: t.F.log_softmax(x, [1]),
         TypeError,
-        "log_softmax: .*`dim`, got '1'",
+        r"log_softmax: .*`dim`, got \[1\]",
         X,
     ),
     row(

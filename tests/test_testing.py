@@ -131,7 +131,10 @@ def test_the_bound_of_a_type_beside_float64_is_its_own():
     """Rounded to float32 once, as torch's own gradient is, it was held to the error of float64."""
     x = torch.randn(64, requires_grad=True)
     target = torch.randn(64, dtype=torch.float64, requires_grad=True)
-    theirs = torch.nn.functional.mse_loss
+
+    def theirs(x, target):  # torch 2.11 differentiates no mse_loss of two types
+        return (x - target).square().mean()
+
     by_name = {c.name: c.their_error for c in measure_parity(theirs, theirs, x, target)}
     assert by_name["gradient of input 0"] > 1e-10
     assert by_name["gradient of input 1"] < 1e-15

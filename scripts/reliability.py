@@ -157,10 +157,17 @@ def read(xml: str, seconds: float) -> Found:
         outcome = outcome_of(case)
         tests[outcome] += 1
         if outcome == "failed":
-            failures.append(f"{case.get('classname')}.{case.get('name')}")
+            name = f"{case.get('classname')}.{case.get('name')}"
+            failures.append("\n".join([name, *said_of(case)]))
     for each in root.iter("property"):
         properties[each.get("name", "")] += int(each.get("value", 0))
     return Found(tests, properties, failures, seconds)
+
+
+def said_of(case: ElementTree.Element) -> list[str]:
+    """What pytest marks as the error: of a case that was drawn anew, all there will ever be."""
+    texts = (each.text or "" for each in case if each.tag in ("failure", "error"))
+    return [line for text in texts for line in text.splitlines() if line.startswith("E ")][:40]
 
 
 def outcome_of(case: ElementTree.Element) -> str:

@@ -16,7 +16,11 @@ XML = """\
     <property name="another" value="7"/>
   </properties>
   <testcase classname="a" name="passes"/>
-  <testcase classname="a" name="fails"><failure message="x"/></testcase>
+  <testcase classname="a" name="fails"><failure message="x">
+    call()
+E   AssertionError: wrong
+E     of: 3
+</failure></testcase>
   <testcase classname="a" name="breaks"><error message="x"/></testcase>
   <testcase classname="a" name="skips"><skipped type="pytest.skip"/></testcase>
   <testcase classname="a" name="known"><skipped type="pytest.xfail"/></testcase>
@@ -27,7 +31,7 @@ XML = """\
 def test_a_report_is_counted():
     found = reliability.read(XML, 12.3)
     assert found.tests == {"passed": 1, "failed": 2, "skipped": 1, "known": 1}
-    assert found.failures == ["a.fails", "a.breaks"]
+    assert found.failures == ["a.fails\nE   AssertionError: wrong\nE     of: 3", "a.breaks"]
     row = reliability.table({"kills": found}, "the command").splitlines()[2]
     assert row.endswith("| 60 kill points | 2 | 1 | 12 |")
     row = reliability.table({"leaks": found}, "the command").splitlines()[2]

@@ -137,12 +137,13 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on(
 @pytest.mark.slow
 def test_ten_random_kill_points(processes, whole, tmp_path_factory, record_testsuite_property):
     survived, draw = 0, generator()
+    config = replace(CONFIG, timeout=30)  # for those killed before the two have met
     while survived < 10:
         root = tmp_path_factory.mktemp("killed")
         while True:
             victim = draw.randrange(2)
             place, count = drawn(draw, BATCHES, writes=victim == 0)
-            codes = processes(root, CONFIG, victim, place, count)
+            codes = processes(root, config, victim, place, count)
             survived += codes[victim] == KILLED
             if codes[0] == 0:  # it came to its end before, or did without the other
                 break
@@ -156,6 +157,13 @@ def test_a_process_that_hangs_ends_the_other_after_the_timeout(processes, tmp_pa
     trouble = (1, "on_before_optimizer_step", 5, signal.SIGSTOP)
     assert processes(tmp_path, config, *trouble) == codes_of(1, None)
     assert read_checkpoint(tmp_path / "run" / "last.ckpt")["global_step"] == 3
+
+
+def test_one_killed_before_they_have_met_ends_the_other_after_the_timeout(processes, tmp_path):
+    config = replace(CONFIG, timeout=8)
+    trouble = (0, "fsync", 1)  # of config.yaml, which is written before training begins
+    assert processes(tmp_path, config, *trouble) == codes_of(0, KILLED)
+    assert not (tmp_path / "batches-1.txt").exists()
 
 
 def test_an_error_of_its_own_stays_what_it_is(processes, tmp_path):

@@ -116,7 +116,8 @@ def run(area: Area, quick: bool) -> Found:
         report = Path(folder) / "report.xml"
         markers = "not slow and not gpu" if quick else "not gpu"
         pytest = [sys.executable, "-m", "pytest", "-v", "-m", markers, "-p", "no:cacheprovider"]
-        code, output = finish([*pytest, f"--junitxml={report}", *area.files])
+        pytest += [f"--junitxml={report}", "-o", "junit_logging=system-out"]
+        code, output = finish([*pytest, *area.files])
         seconds = time.monotonic() - start
         if code not in (0, 1):  # neither passed nor failed
             last = " ".join(output.strip().splitlines()[-1:])  # names the test that hangs
@@ -165,9 +166,10 @@ def read(xml: str, seconds: float) -> Found:
 
 
 def said_of(case: ElementTree.Element) -> list[str]:
-    """What pytest marks as the error: of a case that was drawn anew, all there will ever be."""
-    texts = (each.text or "" for each in case if each.tag in ("failure", "error"))
-    return [line for text in texts for line in text.splitlines() if line.startswith("E ")][:40]
+    """What pytest marks as the error, and the seed: of what was drawn anew, all there will be."""
+    texts = (each.text or "" for each in case if each.tag in ("failure", "error", "system-out"))
+    lines = (line for text in texts for line in text.splitlines())
+    return [line for line in lines if line.startswith(("E ", "TORCHREF_SEED"))][:40]
 
 
 def outcome_of(case: ElementTree.Element) -> str:

@@ -20,7 +20,8 @@ XML = """\
     call()
 E   AssertionError: wrong
 E     of: 3
-</failure></testcase>
+</failure><system-out>TORCHREF_SEED=7
+more</system-out></testcase>
   <testcase classname="a" name="breaks"><error message="x"/></testcase>
   <testcase classname="a" name="skips"><skipped type="pytest.skip"/></testcase>
   <testcase classname="a" name="known"><skipped type="pytest.xfail"/></testcase>
@@ -31,7 +32,8 @@ E     of: 3
 def test_a_report_is_counted():
     found = reliability.read(XML, 12.3)
     assert found.tests == {"passed": 1, "failed": 2, "skipped": 1, "known": 1}
-    assert found.failures == ["a.fails\nE   AssertionError: wrong\nE     of: 3", "a.breaks"]
+    failure = "a.fails\nE   AssertionError: wrong\nE     of: 3\nTORCHREF_SEED=7"
+    assert found.failures == [failure, "a.breaks"]
     row = reliability.table({"kills": found}, "the command").splitlines()[2]
     assert row.endswith("| 60 kill points | 2 | 1 | 12 |")
     row = reliability.table({"leaks": found}, "the command").splitlines()[2]
@@ -99,6 +101,15 @@ def test_a_suite_that_cannot_run_is_a_failure(monkeypatch):
     area = AREAS["leaks"]._replace(files=("tests/no_such_file.py",))
     found = reliability.run(area, quick=True)
     assert len(found.failures) == 1
+
+
+def test_of_a_failure_the_seed_is_told(tmp_path):
+    lines = ["def test_fails():", "    print('TORCHREF_SEED=8')", "    assert False, 'wrong'"]
+    (tmp_path / "test_fails.py").write_text("\n".join(lines) + "\n")
+    area = AREAS["leaks"]._replace(files=(f"{tmp_path}/test_fails.py",))
+    (failure,) = reliability.run(area, quick=True).failures
+    assert failure.splitlines()[1].endswith(" AssertionError: wrong")
+    assert failure.splitlines()[-1] == "TORCHREF_SEED=8"
 
 
 def test_a_test_that_hangs_is_a_failure(monkeypatch, tmp_path):

@@ -122,8 +122,9 @@ def interrupted(parser: OneLineParser, message: str = "interrupted\n") -> None:
 def lost(parser: OneLineParser, message: str) -> NoReturn:
     """End at once: what Python does at its end takes seconds, or waits for the lost process."""
     print(f"{parser.prog}: error: {message}", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # as Python has it where the stream is closed
+            stream.flush()
     os._exit(1)
 
 
@@ -276,6 +277,8 @@ def predictions(args: Any) -> tuple[Iterator[list[str]], list[str]]:
 
 def write(parser: OneLineParser, rows: Iterable[list[str]]) -> None:
     """Print rows as CSV; a reader that has enough, as `head`, is no error to tell of."""
+    if sys.stdout is None:  # as Python has it where the stream is closed
+        parser.error("the predictions cannot be written: standard output is closed")
     try:
         csv.writer(sys.stdout, lineterminator="\n").writerows(rows)
         sys.stdout.flush()

@@ -127,6 +127,11 @@ def metrics(root: Path) -> dict[str, Any]:
     return {key: value for key, value in found.items() if key != "seconds"}
 
 
+def ended(root: Path) -> bool:
+    """Whether the run came to its end; a kill may come behind it, while the file is flushed."""
+    return (root / "run" / "metrics.json").exists() and "unfinished" not in metrics(root)
+
+
 def table(root: Path) -> dict[str, dict[str, str]]:
     """By step, for a resumed run logs what it knows of an epoch in one row."""
     found: dict[str, dict[str, str]] = {}

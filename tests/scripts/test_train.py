@@ -273,6 +273,14 @@ def predict_into(output, folder):
     )
 
 
+def test_predict_without_an_output_says_so(iris):
+    np.save(iris / "x.npy", np.zeros((3, 4)))
+    command = f"{sys.executable} {SCRIPT} predict x.npy --run runs/iris >&-"
+    done = subprocess.run(["sh", "-c", command], cwd=iris, stderr=subprocess.PIPE, text=True)
+    message = "the predictions cannot be written: standard output is closed"
+    assert (done.returncode, done.stderr) == (2, f"train.py predict: error: {message}\n")
+
+
 def test_predict_is_quiet_where_its_reader_has_gone(iris):
     reader, writer = os.pipe()
     os.close(reader)

@@ -18,6 +18,7 @@ from killing import (
     assert_same,
     batches,
     drawn,
+    ended,
     fork_server,
     generator,
     metrics,
@@ -140,14 +141,17 @@ def test_ten_random_kill_points(processes, whole, tmp_path_factory, record_tests
     config = replace(CONFIG, timeout=30)  # for those killed before the two have met
     while survived < 10:
         root = tmp_path_factory.mktemp("killed")
-        while True:
+        while not ended(root):
             victim = draw.randrange(2)
             place, count = drawn(draw, BATCHES, writes=victim == 0)
             codes = processes(root, config, victim, place, count)
             survived += codes[victim] == KILLED
-            if codes[0] == 0:  # it came to its end before, or did without the other
-                break
-            assert codes == codes_of(victim, KILLED), (victim, place, count)
+            # after the test part, for which there is a best.ckpt, neither needs the other
+            apart = (root / "run" / "best.ckpt").exists() or ended(root)
+            fine = codes == codes_of(victim, KILLED) or (
+                apart and codes[1 - victim] == 0 and (codes[victim] == KILLED or ended(root))
+            )
+            assert fine, (victim, place, count, codes)
         assert_same(root, whole, ranks=2)
     record_testsuite_property("kill points survived with two processes", survived)
 

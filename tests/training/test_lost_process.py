@@ -91,7 +91,7 @@ def processes():
         for process in started:
             process.start()
         end = time.monotonic() + LIMIT
-        stopped = trouble[0] if signal.SIGSTOP in trouble else None
+        stopped = trouble[0] if trouble[3:] == (signal.SIGSTOP,) else None
         for rank, process in enumerate(started):
             if rank != stopped:
                 process.join(end - time.monotonic())

@@ -322,11 +322,18 @@ def distances(draw, name: str) -> Call:
     learned = False if dtype.itemsize == 2 else None
     kwargs |= optional(draw, tensors(shape, dtype, ["positive", "whole"], learned), "weight")
     upstream = draw(upstreams(dtype))
-    if torch.float16 in (dtype, target.dtype) and upstream.values == "large":
+    if torch.float16 in (dtype, target.dtype):
         # what ends within a rounding of the largest number is that, or infinite, and of two
         # infinities a sum may be NaN
-        upstream = replace(upstream, values="normal")
+        upstream = no_larger(upstream)
+        if dtype != target.dtype:  # torch makes float16 of each difference before it sums them
+            x, target = no_larger(x), no_larger(target)
     return Call(*both(name), (x, target), kwargs, upstream)
+
+
+def no_larger(x: Draw) -> Draw:
+    """Than float16 can hold the square of."""
+    return replace(x, values="normal") if x.values == "large" else x
 
 
 def broadcast(draw, shape: tuple[int, ...]) -> tuple[int, ...]:

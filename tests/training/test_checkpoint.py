@@ -267,7 +267,9 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
 
 
 GENERATORS = ("ExactResume", 0, "generators")
+STOPPING = ("callbacks", EarlyStopping("val_loss").state_key)
 SHAPE = r"state_dict: net.0.weight: expected shape \(128, 4\), got"
+BEST = SHAPE.replace("state_dict", "best_state")
 MISFITS = {  # where something else stands, None for nothing, and what is said
     "no weights": (("state_dict",), None, "no 'state_dict'"),
     "weights in a list": (("state_dict",), [], "'state_dict' is of type list"),
@@ -293,6 +295,19 @@ MISFITS = {  # where something else stands, None for nothing, and what is said
         ("loops", "fit_loop", "state_dict", "combined_loader"),
         [{"epoch": 1, "batches": 1}],
         "state_dict: samples: expected 106, got None",
+    ),
+    "stopping: nothing": ((*STOPPING, "best_score"), None, "EarlyStopping: KeyError: 'best_score'"),
+    "stopping: a best weight of another shape": (
+        (*STOPPING, "best_state", "net.0.weight"),
+        torch.ones(3),
+        BEST,
+    ),
+    "stopping: a number": ((*STOPPING, "best_state"), 5, "'best_state' is of type int"),
+    "history: nothing": (("callbacks", "History"), {}, "History: KeyError: 'rows'"),
+    "gradients: nothing": (
+        ("callbacks", "GradientFlowCallback"),
+        None,
+        "no 'GradientFlowCallback'",
     ),
     "no ExactResume": (("ExactResume",), None, "ExactResume: expected a state of each process"),
     "ExactResume: empty": (("ExactResume",), [], r"a state of each process, got \[\]"),

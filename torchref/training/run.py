@@ -1,6 +1,7 @@
 """One training run, from its configuration to the files it leaves."""
 
 import contextlib
+import copy
 import json
 import logging
 import math
@@ -239,7 +240,7 @@ class Run:
 
     def _check_states(self, saved: dict[str, Any]) -> None:
         """Refuse what training could not load, before it has changed anything."""
-        _check_shapes(_find(saved, dict, "state_dict"), self.model.state_dict())
+        _check_shapes(saved, self.model, "state_dict")
         _find(saved, list, "lr_schedulers")
         states = _find(saved, list, "optimizer_states")
         check_range("optimizer_states", len(states), "the state of one optimizer", len(states) == 1)
@@ -247,11 +248,24 @@ class Run:
             self.model.configure_optimizers().load_state_dict(states[0])
         except DAMAGE as error:
             raise ValueError(f"optimizer_states: {type(error).__name__}: {error}") from None
+        self._check_callbacks(saved)
         check_exact(saved, self.model)
         if len(saved["ExactResume"]) == 1:  # of several processes each had another loader
             loader: Any = self.data.train_dataloader()
             for state in _find(saved, list, "loops", "fit_loop", "state_dict", "combined_loader"):
                 loader.load_state_dict(state)
+
+    def _check_callbacks(self, saved: dict[str, Any]) -> None:
+        for callback in (self.finite, self.stopping, self.history, self.gradients):
+            state = _find(saved, dict, "callbacks", callback.state_key)
+            try:
+                copy.deepcopy(callback).load_state_dict(state)
+            except DAMAGE as error:
+                name = type(callback).__name__
+                raise ValueError(f"{name}: {type(error).__name__}: {error}") from None
+        best = "callbacks", self.stopping.state_key, "best_state"
+        if _find(saved, object, *best) is not None:
+            _check_shapes(saved, self.model, *best)
 
     def _checkpoint(self) -> tuple[Path, dict[str, Any]]:
         """The one to go on from; what is wrong with it, and whether there is another."""
@@ -460,12 +474,14 @@ def _find(saved: Any, kind: type, *names: str) -> Any:
     return saved
 
 
-def _check_shapes(state: dict[str, Any], expected: dict[str, Tensor]) -> None:
+def _check_shapes(saved: dict[str, Any], module: torch.nn.Module, *names: str) -> None:
+    """Whether the module can load the weights and buffers that a checkpoint holds there."""
+    state, expected = _find(saved, dict, *names), module.state_dict()
     for name in {**expected, **state}:
         values = state.get(name), expected.get(name)
         found, shape = (tuple(x.shape) if isinstance(x, Tensor) else None for x in values)
         text = f"shape {shape}" if name in expected else "nothing of that name"
-        check_range(f"state_dict: {name}", found, text, name in expected and found == shape)
+        check_range(f"{names[-1]}: {name}", found, text, name in expected and found == shape)
 
 
 def _earlier(metrics: Path) -> tuple[Earlier, bool]:

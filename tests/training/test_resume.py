@@ -203,6 +203,9 @@ class Network(LightningModule):
             Noisy(), 4, seed=1, num_workers=self.workers, multiprocessing_context=context
         )
 
+    def setup(self, stage):
+        torch.manual_seed(self.trainer.global_rank)  # each process drops other units
+
     def training_step(self, batch):
         loss = torchref.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
         self.mean.update(loss.detach())

@@ -1,6 +1,7 @@
 import csv
 import json
 import math
+import os
 from dataclasses import replace
 
 import pytest
@@ -370,6 +371,16 @@ def test_a_damaged_fold_is_named(tmp_path, planted, content, message):
         CrossValidation(IRIS, folds=2, root=tmp_path).execute(resume=True, report=rows.append)
     assert message in str(caught.value)
     assert rows == []
+
+
+def test_a_fold_that_is_a_pipe_is_refused(tmp_path, planted):
+    planted([0.5] * 2)
+    CrossValidation(IRIS, folds=2, root=tmp_path).execute()
+    path = tmp_path / "cv-iris" / "fold-2" / "metrics.json"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=r"fold-2.metrics.json.*: expected a file, got a pipe"):
+        CrossValidation(IRIS, folds=2, root=tmp_path).execute(resume=True)
 
 
 def test_nothing_to_resume(tmp_path):

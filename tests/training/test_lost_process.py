@@ -220,6 +220,8 @@ def test_lightning_kills_none_that_can_tell():
     process.start()
     process.join(LIMIT)
     assert process.exitcode == 0
+    callbacks = Run(Config("iris", accelerator="cpu"), progress=False).trainer.callbacks
+    assert any(isinstance(callback, EndTogether) for callback in callbacks)
 
 
 @pytest.mark.parametrize("timeout", [0, -1.0, float("nan"), float("inf")])

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from torchref.data import kfold
 from torchref.data.datasets import Dataset
+from torchref.data.reading import check_file
 from torchref.training.checkpoint import alone, write_text
 from torchref.training.checks import check_choice, check_range
 from torchref.training.config import Config, read_mapping, versions
@@ -294,6 +295,7 @@ def _finished(path: Path, scores: Sequence[str]) -> Row | None:
         ValueError: the file is damaged.
     """
     try:
+        check_file(path)
         metrics = json.loads(path.read_text())
     except (FileNotFoundError, json.JSONDecodeError):  # killed before or while it was written
         return None

@@ -1,11 +1,16 @@
 import csv
 import json
 import math
+import os
 import re
-from dataclasses import replace
+import subprocess
+import sys
+from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Callback
 
 import torchref
@@ -169,12 +174,86 @@ def test_batch_and_stochastic_gradient_descent(tmp_path, batch_size):
         ({"name": "../x"}, "name: expected a plain folder name"),
         ({"batch_size": 1}, "batch norm needs two samples"),
         ({"threads": 0}, "threads: expected > 0 or auto"),
+        ({"threads": 10**11}, "threads: expected > 0 or auto"),
+        ({"lr": 1e38}, r"lr: expected in \(0, 1e30\], got 1e\+38"),
+        ({"lr": math.nan}, r"lr: expected in \(0, 1e30\], got nan"),
         ({"backend": "magic"}, "magic"),
     ],
 )
 def test_a_wrong_value_is_named(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         Run(replace(IRIS, **change), root=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr": "0.1"}, "lr: expected float, got '0.1'"),
+        ({"epochs": 1.0}, "epochs: expected int, got 1.0"),
+        ({"epochs": True}, "epochs: expected int, got True"),
+        ({"smote": 1}, "smote: expected bool, got 1"),
+        ({"name": 3}, "name: expected str | None, got 3"),
+        ({"batch_size": "half"}, "batch_size: expected Union[int, Literal['full']], got 'half'"),
+        ({"categories": ["a", 1]}, "categories: expected list[str] | None, got ['a', 1]"),
+        ({"augment": {"noise": "x"}}, "augment: expected dict[str, float] | None, got"),
+    ],
+)
+def test_a_value_of_another_type_is_named(change, message):
+    with pytest.raises(TypeError, match="^" + re.escape(message)):
+        replace(IRIS, **change)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    config = replace(IRIS, lr=np.float64(0.01), epochs=np.int64(1), smote=np.bool_(False))
+    made, metrics = run(tmp_path, config)
+    saved = yaml.safe_load((made.path / "config.yaml").read_text())
+    assert (saved["lr"], metrics["epochs"]) == (0.01, 1)
+
+
+def test_a_run_is_executed_once(tmp_path):
+    made, _ = run(tmp_path)
+    before = {file: file.read_bytes() for file in made.path.iterdir()}
+    with pytest.raises(RuntimeError, match="Run: it was executed before"):
+        made.execute()
+    assert {file: file.read_bytes() for file in made.path.iterdir()} == before
+
+
+def test_a_run_is_not_over_before_its_picture_is_drawn(tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("torchref.training.run.plot_learning_curves", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    assert not (tmp_path / "iris" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("change", [{"lr": 0.5}, {"activation": "tanh"}])
+def test_an_edited_configuration_does_not_change_a_resumed_run(change, tmp_path):
+    made, _ = run(tmp_path)
+    other = replace(IRIS, epochs=9, **change)
+    (made.path / "config.yaml").write_text(yaml.safe_dump(asdict(other)))
+    (name,) = change
+    with pytest.raises(ValueError, match=rf"resume: {name} was .* in .*last.ckpt, got"):
+        Run(other, resume="last", root=tmp_path)
+
+
+def test_what_is_resumed_is_the_last_checkpoint_or_the_one_before(tmp_path):
+    with pytest.raises(ValueError, match="resume: expected one of last, previous, got 'first'"):
+        Run(IRIS, resume="first", root=tmp_path)
+
+
+def test_the_backend_of_the_environment_is_the_default():
+    code = "from torchref.training import Config; print(Config().backend)"
+    env = os.environ | {"TORCHREF_BACKEND": "reference"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout == "reference\n"
+
+
+def test_a_size_of_the_world_that_is_no_number(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(ValueError, match="WORLD_SIZE: expected a number, got 'two'"):
+        Run(IRIS, root=tmp_path)
 
 
 def test_launched_processes_that_would_each_train_alone_are_refused(tmp_path, monkeypatch):

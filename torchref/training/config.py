@@ -4,9 +4,11 @@ import platform
 from collections.abc import Iterable
 from dataclasses import Field, dataclass, field, fields
 from importlib import metadata
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
 import yaml
 
@@ -58,7 +60,10 @@ def _option(default: Any, help: str) -> Any:
 class Config:
     """Everything that decides a run; each field is a flag of ``scripts/train.py`` and a YAML key.
 
-    Ranges are checked where the values are used, by :class:`Run`.
+    Ranges are checked where the values are used, by :class:`Run`. Scalars of NumPy become Python's.
+
+    Raises:
+        TypeError: a value is of another type than its field.
 
     Example:
         >>> Config(lr=0.01).width
@@ -143,8 +148,19 @@ class Config:
         "auto", "CPU threads; auto is 1 for a small network, faster there, else torch's choice"
     )
     compile: bool = _option(False, "run the network through torch.compile")
-    backend: str = _option("auto", "torchref's: auto, reference, compiled or triton")
+    backend: str = _option(
+        torchref.get_backend(), "torchref's: auto, reference, compiled or triton"
+    )
     parity: bool = _option(True, "train the torch twin beside it and compare losses")
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(Config).items():
+            value = getattr(self, name)
+            if isinstance(value, np.generic):
+                object.__setattr__(self, name, value := value.item())
+            if not _is_a(value, hint):
+                kind = hint.__name__ if type(hint) is type else str(hint).replace("typing.", "")
+                raise TypeError(f"{name}: expected {kind}, got {value!r}")
 
     @property
     def resolved_split(self) -> str:
@@ -162,6 +178,22 @@ class Config:
         plain = Path(folder).name == folder and folder not in ("", ".", "..") and "\0" not in folder
         check_range("name", folder, "a plain folder name", plain)
         return folder
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    """Whether a value is of a field's type; an integer is a number, too, a bool is neither."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind is Literal:
+        return isinstance(value, str) and value in parts
+    if kind is list:
+        return isinstance(value, list | tuple) and all(_is_a(x, parts[0]) for x in value)
+    if kind is dict:
+        return isinstance(value, dict) and all(_is_a(x, parts[1]) for x in value.values())
+    if parts:  # a union
+        return any(_is_a(value, part) for part in parts)
+    if hint in (int, float):
+        return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
+    return isinstance(value, hint)
 
 
 def options() -> Iterable[Field[Any]]:

@@ -18,6 +18,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
@@ -35,7 +36,7 @@ from torchref.training.checkpoint import (
     read_checkpoint,
     write_text,
 )
-from torchref.training.checks import check_range
+from torchref.training.checks import check_choice, check_range
 from torchref.training.config import DATA, NETWORK, Config, read_mapping, versions
 from torchref.training.convert import SyncBatchNormPlugin
 from torchref.training.curves import plot_learning_curves
@@ -120,7 +121,10 @@ class Run:
         callbacks: Iterable[Callback] = (),
         progress: bool = True,
     ) -> None:
+        if resume is not None:
+            check_choice("resume", resume, ("last", "previous"))
         check_range("epochs", config.epochs, "> 0", config.epochs > 0)
+        check_range("lr", config.lr, "in (0, 1e30]", 0 < config.lr <= 1e30)
         check_range("seed", config.seed, "in [0, 4294967295]", 0 <= config.seed < 2**32)
         check_range(
             "start_from_epoch",
@@ -178,7 +182,7 @@ class Run:
         set_timeout(self.trainer, config.timeout)
         if str(config.precision) in ("16", "16-mixed") and self.trainer.precision == "bf16-mixed":
             raise ValueError("precision: 16-mixed needs a GPU; use bf16-mixed")
-        launched, joined = int(os.environ.get("WORLD_SIZE", 1)), self.trainer.world_size
+        launched, joined = _launched(), self.trainer.world_size
         if launched > joined:  # each would train a network of its own into the same folder
             raise ValueError(
                 f"devices: the launcher started {launched} processes, `devices` and `num_nodes` "
@@ -207,19 +211,16 @@ class Run:
     def _check_resume(self) -> None:
         path, saved = self._checkpoint()
         before = read_mapping(self.path / "config.yaml")
-        for name in FIXED_ON_RESUME:
-            was = before.get(name, getattr(Config, name))  # a run may be older than an option
-            if was != getattr(self.config, name):
-                raise ValueError(
-                    f"resume: {name} was {was!r} in {self.path}, got {getattr(self.config, name)!r}"
-                )
+        self._check_same(before, FIXED_ON_RESUME, self.path)
         try:
             done = _find(saved, int, "loops", "fit_loop", "epoch_progress", "current", "processed")
             data = _find(saved, object, type(self.data).__qualname__, "fingerprint")
             waited = _find(saved, int, "callbacks", self.stopping.state_key, "wait_count")
             broken = _find(saved, object, "callbacks", self.finite.state_key, "reason")
+            trained = _find(saved, dict, "hyper_parameters")
         except ValueError as error:
             raise ValueError(f"resume: {path} is no run's checkpoint: {error}") from None
+        self._check_same(trained, NETWORK, path)  # config.yaml may have been edited since
         if data != self.data.fingerprint:
             raise ValueError(
                 f"resume: the samples, targets or names of {self.config.dataset} are other than "
@@ -237,6 +238,13 @@ class Run:
             check_range("epochs", epochs, f"more than the {done} done", epochs > done)
             expected = f"more than the {waited} epochs it has waited"
             check_range("patience", patience, expected, patience > waited)
+
+    def _check_same(self, before: dict[str, Any], names: Iterable[str], where: Path) -> None:
+        for name in names:
+            was = before.get(name, getattr(Config, name))  # a run may be older than an option
+            now = getattr(self.config, name)
+            if was != now:
+                raise ValueError(f"resume: {name} was {was!r} in {where}, got {now!r}")
 
     def _check_states(self, saved: dict[str, Any]) -> None:
         """Refuse what training could not load, before it has changed anything."""
@@ -330,9 +338,12 @@ class Run:
             test: whether the test part is opened; its scores are left out otherwise.
 
         Raises:
+            RuntimeError: it was executed before.
             OSError: the folder cannot be written, or another run is writing to it.
             ConnectionError: another process of this run ended or did not answer in time.
         """
+        if self.trainer.state.status != TrainerStatus.INITIALIZING:
+            raise RuntimeError("Run: it was executed before; make another one, or resume")
         with self._alone(), told_when_lost(self.trainer):
             return self._execute(test)
 
@@ -378,6 +389,7 @@ class Run:
 
     @rank_zero_only
     def _clear(self) -> None:
+        config = yaml.safe_dump(asdict(self.config), sort_keys=False)
         self.path.mkdir(parents=True, exist_ok=True)
         if self.resume:  # what came of the earlier part is not what comes of the whole
             for name in ("report.html", "learning_curves.png"):
@@ -388,7 +400,7 @@ class Run:
                 (self.path / name).unlink(missing_ok=True)
             for events in self.path.glob("events.out.tfevents.*"):  # TensorBoard's
                 events.unlink()
-        write_text(self.path / "config.yaml", yaml.safe_dump(asdict(self.config), sort_keys=False))
+        write_text(self.path / "config.yaml", config)
 
     @rank_zero_only
     def _write(self, metrics: dict[str, Any]) -> None:
@@ -414,6 +426,13 @@ class Run:
 
         images, y = x.unflatten(1, data.shape), self.data.train.y[:8]
         save_picture(of_images, images, y, self.path / "augmented.png", data.high)
+
+
+def _launched() -> int:
+    """How many processes a launcher started."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    check_range("WORLD_SIZE", size, "a number", size.isdecimal())
+    return int(size)
 
 
 def load(config: Config) -> Dataset:
@@ -512,7 +531,7 @@ def _hint(path: Path) -> str:
 def _set_threads(config: Config, samples: int) -> None:
     """Threads wait for each other longer than they compute where a layer's output is small."""
     if config.threads != "auto":
-        check_range("threads", config.threads, "> 0 or auto", config.threads > 0)
+        check_range("threads", config.threads, "> 0 or auto", 0 < config.threads < 2**15)
         torch.set_num_threads(config.threads)
     elif samples * config.width < SMALL_LAYER:
         torch.set_num_threads(1)

@@ -124,7 +124,7 @@ def build_optimizer(
 def optimizer_factory(name: str, lr: float, library: ModuleType = torchref.optim) -> Any:
     """What makes the optimizer of :func:`build_optimizer` of parameters."""
     check_choice("optimizer", name, OPTIMIZERS)
-    check_range("lr", lr, "finite and > 0", 0 < lr < float("inf"))
+    check_range("lr", lr, "in (0, 1e30]", 0 < lr <= 1e30)  # of float32, beside a gradient
     kind, arguments = OPTIMIZERS[name]
     return partial(getattr(library, kind), lr=lr, **arguments)
 

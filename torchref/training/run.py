@@ -124,7 +124,6 @@ class Run:
         if resume is not None:
             check_choice("resume", resume, ("last", "previous"))
         check_range("epochs", config.epochs, "> 0", config.epochs > 0)
-        check_range("lr", config.lr, "in (0, 1e30]", 0 < config.lr <= 1e30)
         check_range("seed", config.seed, "in [0, 4294967295]", 0 <= config.seed < 2**32)
         check_range(
             "start_from_epoch",

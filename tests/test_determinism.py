@@ -4,15 +4,20 @@ Torch promises nothing across numbers of threads. What it keeps all the same, ou
 """
 
 import ast
+import json
 import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from pieces import PIECES
+import torch.nn.functional as theirs
+from pieces import PIECES, Piece, scores
 
 import torchref
 import torchref.nn as nn
@@ -21,6 +26,7 @@ import torchref.nn.functional as ours
 ROOT = Path(__file__).parents[1]
 KERNELS = os.environ.get("TRITON_INTERPRET") == "1"
 LONGER = 16 if KERNELS else 64  # times; there are two programs then, or two threads
+LONG = 9_001 if KERNELS else 50_001  # elements, for the same reason
 OPTIMIZERS = {
     "SGD": (torchref.optim.SGD, {"momentum": 0.9, "max_norm": 1.0}),
     "RMSprop": (torchref.optim.RMSprop, {"centered": True, "momentum": 0.9}),
@@ -30,7 +36,37 @@ OPTIMIZERS = {
 # Sums over all elements, of which each thread takes a part, in torch's own as in ours.
 SPLIT_SUMS = {"binary_cross_entropy", "binary_cross_entropy_with_logits"}
 
-of_pieces = pytest.mark.parametrize("piece", PIECES, ids=lambda p: p.name)
+
+def drawn(dtype, *shapes):
+    return [scores(*shape)(dtype)[0] for shape in shapes]
+
+
+def of_scores(x, w, b, target):
+    """Of 50 rows at a time: of the long inputs there are more."""
+    options = SimpleNamespace(batch_chunk_size=50)
+    return ours.linear_cross_entropy(x, w, target, linear_bias=b, options=options)
+
+
+def of_all_scores(x, w, b, target):
+    """In torch's pieces."""
+    return theirs.cross_entropy(theirs.linear(x, w, b), target)
+
+
+def layer_and_indices(dtype):
+    return *drawn(dtype, (6, 5), (12, 5), (12,)), torch.tensor([0, 4, -100, 2, 11, 1])
+
+
+NAMED = {piece.name: piece for piece in PIECES}
+CASES = [
+    *PIECES,
+    replace(
+        NAMED["cross_entropy"],
+        name="cross_entropy_once",
+        ours=partial(NAMED["cross_entropy"].ours, gradient_in_forward=True),
+    ),
+    Piece("linear_cross_entropy", of_scores, of_all_scores, layer_and_indices),
+]
+of_pieces = pytest.mark.parametrize("piece", CASES, ids=lambda p: p.name)
 
 
 def large_inputs(piece):
@@ -46,8 +82,10 @@ def large_inputs(piece):
 
 
 def results(piece, function):
-    """The output and the gradients."""
-    inputs = list(large_inputs(piece))
+    return output_and_gradients(function, list(large_inputs(piece)))
+
+
+def output_and_gradients(function, inputs):
     torch.manual_seed(0)
     y = function(*inputs)
     xs = [x for x in inputs if x.requires_grad]
@@ -100,7 +138,7 @@ def stepped(optimizer, **changes):
     """Parameters and states after three steps."""
     cls, options = OPTIMIZERS[optimizer]
     torch.manual_seed(0)
-    params = [torch.nn.Parameter(torch.randn(n)) for n in (3, 50_001)]
+    params = [torch.nn.Parameter(torch.randn(n)) for n in (3, LONG)]
     optimizer = cls(params, lr=1e-2, **options | changes)
     for _ in range(3):
         for p in params:
@@ -112,6 +150,20 @@ def stepped(optimizer, **changes):
 def tensors_of(optimizer):
     states = [x for state in optimizer.state.values() for x in state.values()]
     return [x for x in states if isinstance(x, torch.Tensor)]
+
+
+def clipped():
+    """The norm, and the gradients after it."""
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.empty(n)) for n in (3, LONG)]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    norm = torchref.optim.clip_grad_norm_(params, 1.0)
+    return [norm, *(p.grad for p in params)]
+
+
+RUNS = {name: partial(trained, name) for name in OPTIMIZERS} | {"clip_grad_norm_": clipped}
+of_runs = pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 
 
 @pytest.fixture
@@ -134,9 +186,9 @@ def test_a_second_run_has_the_same_bits(piece):
     assert same_bits(results(piece, piece.ours), results(piece, piece.ours))
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_training_again_has_the_same_bits(optimizer):
-    assert same_bits(trained(optimizer), trained(optimizer))
+@of_runs
+def test_training_again_has_the_same_bits(run):
+    assert same_bits(run(), run())
 
 
 def test_another_seed_draws_another_mask():
@@ -194,23 +246,27 @@ def test_deterministic_algorithms_change_nothing(piece, request):
     assert same_bits(results(piece, piece.ours), expected)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_deterministic_algorithms_do_not_change_training(optimizer, request):
-    expected = trained(optimizer)
+@of_runs
+def test_deterministic_algorithms_do_not_change_training(run, request):
+    expected = run()
     request.getfixturevalue("strict")
-    assert same_bits(trained(optimizer), expected)
+    assert same_bits(run(), expected)
 
 
 # What docs/determinism.md says.
 
 
-def atomics_and_autotuning():
-    """Where the kernels' source has them: file, function and name."""
+def source_of_kernels():
     for path in sorted((ROOT / "triton_kernels").glob("*.py")):
-        for function in ast.walk(ast.parse(path.read_text())):
-            if isinstance(function, ast.FunctionDef):
-                for name in re.findall(r"\batomic_\w+|\bautotune\b", ast.unparse(function)):
-                    yield path.name, function.name, name
+        yield path.name, path.read_text()
+
+
+def atomics_and_autotuning():
+    """Where the kernels' source has them: file, function or None, and name."""
+    for file, source in source_of_kernels():
+        for statement in ast.parse(source).body:  # not the text, whose comments may speak of them
+            for name in re.findall(r"\batomic_\w+|\bautotune\b", ast.unparse(statement)):
+                yield file, getattr(statement, "name", None), name
 
 
 def test_kernels_add_nothing_atomically():
@@ -218,57 +274,87 @@ def test_kernels_add_nothing_atomically():
     assert list(atomics_and_autotuning()) == [("multi_tensor.py", "_advance", "atomic_add")]
 
 
-def test_the_table_has_every_piece():
-    table = (ROOT / "docs" / "determinism.md").read_text()
-    kinds = r"_(train|eval|probabilities)$"  # of inputs of one piece
-    missing = {name for p in PIECES if f"`{(name := re.sub(kinds, '', p.name))}`" not in table}
-    assert not missing
-    assert all(f"`{name}`" in table for name in OPTIMIZERS)
+def test_the_table_has_what_is_run_here_and_nothing_else():
+    page = (ROOT / "docs" / "determinism.md").read_text()
+    rows = re.findall(r"^\| ([^|]+)", page, re.M)
+    kinds = r"_(train|eval|probabilities|once)$"  # of inputs and options of one piece
+    pieces = {re.sub(kinds, "", piece.name) for piece in CASES}
+    assert set(re.findall(r"`(\w+)`", " ".join(rows))) == {*pieces, *RUNS, "max_norm"}
 
 
 # Kernels, in a process of Triton's interpreter.
 
+
+of_sizes = partial(drawn, torch.float32)
+# Inputs of which kernels cut into parts what of the others they leave whole.
+SPLIT = {
+    "softmax": of_sizes((2, 33_000)),  # a row
+    "nll_loss": [*of_sizes((600, 5)), torch.arange(600) % 5],  # the rows
+    "batch_norm_train": of_sizes((1400, 12), (12,), (12,)),  # the sums of a channel
+    "linear": of_sizes((150, 7), (3, 7), (3,)),  # the sum of a column
+    "bias_act": of_sizes((150, 112), (112,)),
+}
+IN_INTERPRETER = (
+    {p.name: partial(results, p, p.ours) for p in CASES}
+    | {f"{n}, split": partial(output_and_gradients, NAMED[n].ours, SPLIT[n]) for n in SPLIT}
+    | {name: partial(stepped, name) for name in OPTIMIZERS}
+    | {"clip_grad_norm_": clipped}
+)
+# They add up the parts of all programs, in one.
+OF_ONE_PROGRAM = {"_total_kernel", "_total_loss_kernel", "_norm_kernel"}
 BACKWARDS = """
-import sys
+import json, sys
 sys.path.insert(0, "tests")
 import conftest, torch, torchref
-from triton.runtime import interpreter
-from test_determinism import OPTIMIZERS, PIECES, results, same_bits, stepped
+from test_determinism import IN_INTERPRETER, same_bits
+from torchref.triton_kernels import _launch
+from triton.runtime.interpreter import interpreter_builder as builder
 
 
-class Reversed(type(interpreter.interpreter_builder)):
+class Reversed(type(builder)):
+    kernels = set()  # of which more than one program ran
+
     def set_grid_idx(self, x, y, z):
         super().set_grid_idx(self.grid_dim[0] - 1 - x, y, z)
+        if x > 0:
+            self.kernels.add(self.kernel)
 
 
-cases = {p.name: lambda p=p: results(p, p.ours) for p in PIECES if p.name in sys.argv[1:]}
-cases |= {o: lambda o=o: stepped(o) for o in OPTIMIZERS if o in sys.argv[1:]}
-for name, run in cases.items():
+def interpret(kernel, *arguments):
+    builder.kernel = kernel.fn.__name__
+    launch(kernel, *arguments)
+
+
+launch, _launch._interpret = _launch._interpret, interpret
+same = {}
+for name, run in IN_INTERPRETER.items():
     first, again = run(), run()
-    interpreter.interpreter_builder.__class__ = Reversed
+    builder.__class__ = Reversed
     backwards = run()
-    interpreter.interpreter_builder.__class__ = Reversed.__base__
-    print(name, same_bits(first, again), same_bits(first, backwards))
+    builder.__class__ = Reversed.__base__
+    same[name] = same_bits(first, again), same_bits(first, backwards)
+print(json.dumps({"same": same, "kernels": list(Reversed.kernels)}))
 """
-REDUCTIONS = ["softmax", "cross_entropy", "mse_loss", "batch_norm_train", "bias_act", "AdamW"]
-OTHERS = [n for n in [p.name for p in PIECES] + list(OPTIMIZERS) if n not in REDUCTIONS]
 
 
-def backwards(*names):
+@pytest.fixture(scope="module")
+def backwards():
+    """Which runs had the same bits again and in reverse, and the kernels of several programs."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "TORCHREF_BACKEND": "triton"}
-    command = [sys.executable, "-c", BACKWARDS, *names]
+    command = [sys.executable, "-c", BACKWARDS]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines() == [f"{name} True True" for name in names]
+    return json.loads(done.stdout)
 
 
 @pytest.mark.skipif(KERNELS, reason="starts the interpreter itself")
-def test_reductions_do_not_depend_on_the_order_of_programs():
+def test_no_kernel_depends_on_the_order_of_programs(backwards):
     """A GPU starts them in any order. A sum by atomic additions would have other bits each time."""
-    backwards(*REDUCTIONS)
+    assert backwards["same"] == {name: [True, True] for name in IN_INTERPRETER}
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(KERNELS, reason="starts the interpreter itself")
-def test_no_kernel_depends_on_the_order_of_programs():
-    backwards(*OTHERS)
+def test_every_kernel_ran_in_reverse(backwards):
+    source = "".join(text for _, text in source_of_kernels())
+    kernels = set(re.findall(r"^def (\w+_kernel)\(", source, re.M))
+    assert set(backwards["kernels"]) == kernels - OF_ONE_PROGRAM

@@ -24,14 +24,24 @@ def require_number(name: str, argument: str, x: Any) -> None:
         raise TypeError(f"{name}: expected a number `{argument}`, got {x!r}")
 
 
-def require_finite(name: str, argument: str, x: Any) -> None:
+def require_constant(name: str, argument: str, x: Any) -> None:
+    """A number of which no gradient is taken."""
     require_number(name, argument, x)
+    if isinstance(x, Tensor) and x.requires_grad:
+        raise TypeError(
+            f"{name}: expected a number `{argument}`, which gets no gradient, got a "
+            f"{type(x).__name__} that requires one"
+        )
+
+
+def require_finite(name: str, argument: str, x: Any) -> None:
+    require_constant(name, argument, x)
     if not -inf < x < inf:
         raise ValueError(f"{name}: expected a finite `{argument}`, got {x}")
 
 
 def require_share(name: str, argument: str, x: Any, error: type[Exception] = ValueError) -> None:
-    require_number(name, argument, x)
+    require_constant(name, argument, x)
     if not 0.0 <= x <= 1.0:
         raise error(f"{name}: expected `{argument}` in [0, 1], got {x}")
 

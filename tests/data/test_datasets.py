@@ -293,8 +293,8 @@ def test_a_table_of_pandas(tmp_path):
     assert ([c.name for c in data.columns], data.classes) == (["a", "b"], ["u", "v"])
 
 
-def test_equal_numbers_have_one_order(tmp_path):
-    name = write(tmp_path / "a.csv", "k,y\n1,01\n01,1.0\n1.0,1\n2,0.5\n")
+def test_equal_numbers_among_words_have_one_order(tmp_path):
+    name = write(tmp_path / "a.csv", "k,y\n1,01\n01,1.0\n1.0,1\na,b\n")
     code = (
         "from torchref.data import load_dataset as load;"
         f"data = load({name!r}, categories=['k'], task='classification');"
@@ -309,7 +309,26 @@ def test_equal_numbers_have_one_order(tmp_path):
             text=True,
             check=True,
         )
-        assert done.stdout == "['0.5', '01', '1', '1.0'] ('01', '1', '1.0', '2')\n"
+        assert done.stdout == "['01', '1', '1.0', 'b'] ('01', '1', '1.0', 'a')\n"
+
+
+def test_equal_numbers_are_one_class_one_category_and_one_group(tmp_path):
+    """Put together by pandas, a file has both spellings."""
+    rows = ["1,a,7,0", "1.0,b,7.0,1", "0.0,b,8,0.0", "2,a,8.0,1.0"]
+    name = write(tmp_path / "a.csv", "\n".join(["k,l,g,y", *rows]))
+    data = load_dataset(name, categories=["k"], group="g")
+    assert (data.classes, data.y.tolist()) == (["0", "1"], [0, 1, 0, 1])
+    assert data.columns[0].categories == ("0.0", "1", "2")
+    assert data.x.tolist() == [[0, 1, 0, 1, 0], [0, 1, 0, 0, 1], [1, 0, 0, 0, 1], [0, 0, 1, 1, 0]]
+    assert data.groups.tolist() == [0, 0, 1, 1]
+    write(tmp_path / "b.csv", "k,l\n0,a\n2.0,b\n")
+    features = read_features(tmp_path / "b.csv", data.columns)
+    assert features.tolist() == [[1, 0, 0, 1, 0], [0, 0, 1, 0, 1]]
+
+
+def test_numbers_that_only_a_float_makes_equal_are_two_classes(tmp_path):
+    name = write(tmp_path / "a.csv", f"k,y\n1,{2**53}\n2,{2**53 + 1}\n")
+    assert load_dataset(name).classes == [str(2**53), str(2**53 + 1)]
 
 
 @pytest.fixture
@@ -710,7 +729,19 @@ def test_a_folder_with_a_test_part(tmp_path):
     assert data.y.tolist() == [0, 1, 1, 0, 1, 1]
 
 
+def test_a_hidden_folder_is_no_class(tmp_path):
+    for name in ("cat", "dog", ".ipynb_checkpoints"):
+        save_images(tmp_path / name, a=GRAY)
+    assert load_dataset(f"folder:{tmp_path}").classes == ["cat", "dog"]
+
+
 def test_what_is_wrong_in_a_folder_is_named(tmp_path):
+    for part, second in (("train", "dog"), ("test", "eel")):
+        save_images(tmp_path / "split" / part / "cat", a=GRAY)
+        save_images(tmp_path / "split" / part / second, a=GRAY)
+    with pytest.raises(ValueError, match=r"split: test: expected classes .* has, got 'eel'"):
+        load_dataset(f"folder:{tmp_path}/split")
+    shutil.rmtree(tmp_path / "split")
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
         load_dataset(f"folder:{tmp_path}/nowhere")
     with pytest.raises(ValueError, match="no images; expected one subfolder for each class"):
@@ -806,6 +837,15 @@ def test_npz_of_tables_and_images(tmp_path, shape, images):
                 "y_test": np.array(["a", "b"]),
             },
             "y_train, y_test: expected numbers or names in both, got int64 and <U1",
+        ),
+        (
+            {
+                "x_train": np.zeros((3, 2)),
+                "y_train": np.array([0, 1, 2]),
+                "x_test": np.zeros((3, 2)),
+                "y_test": np.array([4, 1, 3]),
+            },
+            "y_test: expected classes that the training part has, got '3', '4'",
         ),
         ({"x": np.zeros((2, 0)), "y": np.arange(2)}, "2 to 4 dimensions"),
         ({"x": np.array([["a"]]), "y": np.zeros(1)}, "expected numbers like x's, got <U1"),

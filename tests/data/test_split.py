@@ -63,6 +63,12 @@ def test_ratios_that_are_no_shares_raise(name, ratios):
         SPLITTERS[name](ratios)
 
 
+@pytest.mark.parametrize("seed", [None, "1", 1.5])
+def test_a_seed_that_is_no_integer_raises(seed):
+    with pytest.raises(TypeError, match=f"random_split: expected an integer `seed`, got {seed!r}"):
+        random_split(100, seed=seed)
+
+
 @pytest.mark.parametrize("name", ["random_split", "stratified_split", "chronological_split"])
 def test_a_part_of_no_sample_raises(name):
     with pytest.raises(ValueError, match=rf"{name}: expected at least one .*\[100, 0\] from 100"):

@@ -221,3 +221,15 @@ def test_lightnings_own_plugin_would_drop_the_activation():
     """Why there is one of ours; nothing else in these tests depends on it."""
     norm = nn.SyncBatchNorm.convert_sync_batchnorm(torchref.nn.BatchNormAct1d(3, activation="relu"))
     assert (norm(torch.randn(8, 3)) < 0).any()
+
+
+@pytest.mark.parametrize("exclude", ["net", 3, nn.Linear])
+def test_what_is_no_list_excludes_nothing(exclude):
+    with pytest.raises(TypeError, match="ConvertCallback: expected a list as `exclude`, got "):
+        ConvertCallback(exclude=exclude)
+
+
+@pytest.mark.parametrize("name", ["functional", "fuse", "optimizers"])
+def test_a_word_is_neither_true_nor_false(name):
+    with pytest.raises(TypeError, match=f"{name}: expected True or False, got 'no'"):
+        ConvertCallback(**{name: "no"})

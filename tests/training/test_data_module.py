@@ -1,6 +1,7 @@
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -82,6 +83,14 @@ def test_order_follows_from_seed_and_epoch():
 def test_a_wrong_batch_size_raises(batch_size):
     with pytest.raises(ValueError, match="batch_size: expected >= 1 or 'full'"):
         DataModule(*samples(), batch_size=batch_size)
+
+
+def test_numbers_of_numpy_are_numbers():
+    of_numpy = {"batch_size": np.int64(16), "seed": np.int64(1), "ratios": np.full(3, 1 / 3)}
+    data = DataModule(*samples(), **of_numpy)
+    same = DataModule(*samples(), batch_size=16, seed=1, ratios=[1 / 3] * 3)
+    for found, expected in zip(data.train_dataloader(), same.train_dataloader(), strict=True):
+        assert torch.equal(found[0], expected[0])
 
 
 # Which samples are in which part.

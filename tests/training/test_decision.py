@@ -69,3 +69,32 @@ def test_coverage_falls_and_counts_what_is_right():
     assert [row.coverage for row in rows] == [1.0, 0.75, 0.25, 0.0]
     assert [row.accuracy for row in rows[:3]] == [0.5, pytest.approx(2 / 3), 1.0]
     assert rows[3].accuracy != rows[3].accuracy  # NaN: nothing was decided
+
+
+def curve(p):
+    return coverage_curve(p, torch.zeros(len(p), dtype=torch.long))
+
+
+def loss(p):
+    return log_loss(p, torch.zeros(len(p), dtype=torch.long))
+
+
+@pytest.mark.parametrize("call", [lambda p: decide(p, 0.5), curve, loss])
+@pytest.mark.parametrize("wrong", [2.0, -1.9, float("inf"), 1.001])
+def test_logits_are_no_probabilities(call, wrong):
+    with pytest.raises(ValueError, match=rf"`probabilities` in \[0, 1\], got {wrong:g}"):
+        call(torch.tensor([[0.5, 0.5], [wrong, 0.1]]))
+
+
+@pytest.mark.parametrize("call", [lambda p: decide(p, 0.5), curve, loss])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_rounding_beyond_one_is_a_probability(call, dtype):
+    over = 1 + torch.finfo(dtype).eps
+    call(torch.tensor([[over, 1 - over]], dtype=dtype))
+
+
+def test_nan_has_no_log_loss_and_is_not_covered():
+    p = torch.tensor([[float("nan"), float("nan")]])
+    assert curve(p)[0].coverage == 0
+    with pytest.raises(ValueError, match=r"`probabilities` in \[0, 1\], got nan"):
+        loss(p)

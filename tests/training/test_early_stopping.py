@@ -176,6 +176,25 @@ def test_what_stopped_once_may_fit_again():
     assert train(Planted([0.5, 0.4, 0.3]), [stopping], 3).current_epoch == 3
 
 
+@pytest.mark.parametrize("kind", [EarlyStopping, RestoreBest])
+def test_a_second_fit_knows_nothing_of_the_first(kind):
+    callback = kind()
+    train(Planted([0.5, 0.1, 0.3]), [callback], 3)
+    worse = Planted([5.0, 4.0, 6.0, 3.0, 7.0])
+    train(worse, [callback], 5)
+    assert worse.weight.item() == worse.buffer.item() == 4.0  # its own, not the two of the first
+
+
+@pytest.mark.parametrize("kind", [EarlyStopping, RestoreBest])
+def test_a_callback_that_was_used_before_resumes_from_the_checkpoint(tmp_path, kind):
+    losses = [5.0, 1.0, 2.0, 3.0]
+    train(Planted(losses), [kind()], 3).save_checkpoint(tmp_path / "a.ckpt")
+    callback, model = kind(), Planted(losses)
+    train(Planted([0.5, 0.1]), [callback], 2)
+    train(model, [callback], 4, resume=tmp_path / "a.ckpt")
+    assert model.weight.item() == 2.0  # the best is before the resume
+
+
 @pytest.mark.parametrize(
     ("losses", "reason"), [([1.0, 2.0], "did not improve"), ([1.0, math.nan], "NaN")]
 )

@@ -70,7 +70,7 @@ def test_a_wrong_argument_is_named(wrong):
         build_mlp(4, 3, **wrong)
 
 
-@pytest.mark.parametrize("lr", [0.0, -1.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("lr", [0.0, -1.0, 1e38, float("inf"), float("nan")])
 def test_a_wrong_rate_raises(lr):
-    with pytest.raises(ValueError, match="lr: expected finite and > 0"):
+    with pytest.raises(ValueError, match=r"lr: expected in \(0, 1e30\], got"):
         build_optimizer("sgd", [torch.nn.Parameter(torch.zeros(1))], lr)

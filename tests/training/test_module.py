@@ -3,6 +3,7 @@ import subprocess
 import sys
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -67,6 +68,11 @@ def test_l2_is_half_of_weight_decay_under_sgd():
 def test_a_wrong_penalty_raises(name, value):
     with pytest.raises(ValueError, match=f"{name}: expected finite and >= 0"):
         model(**{name: value})
+
+
+def test_classes_may_be_a_number_of_numpy():
+    m = Classifier(nn.Linear(4, 3), np.int64(3))
+    assert m.train_score.num_classes == 3
 
 
 def test_training_cost_is_the_mean_cross_entropy_plus_penalty():

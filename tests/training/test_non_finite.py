@@ -588,6 +588,12 @@ def test_between_checks_weights_may_go():
     assert finite.reason.endswith("NaN at epoch 0, batch 3: the batch is not finite, samples 1")
 
 
+@pytest.mark.parametrize(("every", "error"), [(1.5, TypeError), ("2", TypeError), (0, ValueError)])
+def test_steps_between_checks_are_counted(every, error):
+    with pytest.raises(error, match=f"every: expected .*, got {every!r}"):
+        StopOnNonFinite(every=every)
+
+
 def test_one_wait_for_the_device_a_step(monkeypatch):
     waits = []
     for name in ("__bool__", "item", "__float__", "__int__", "tolist", "cpu"):

@@ -442,6 +442,13 @@ def test_what_is_no_state_of_a_loader_is_refused(state):
         ResumableDataLoader(range(6), 2).load_state_dict(state)
 
 
+def test_a_loader_takes_numbers_of_numpy():
+    loader = ResumableDataLoader(range(6), np.int64(2), seed=np.int64(1))
+    expected = ResumableDataLoader(range(6), 2, seed=1)
+    loader.load_state_dict(expected.state_dict())
+    assert [batch.tolist() for batch in loader] == [batch.tolist() for batch in expected]
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

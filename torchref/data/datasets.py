@@ -26,6 +26,7 @@ from torchref.data.table import (
     is_float,
     is_missing,
     is_number,
+    name_labels,
     read_table,
     read_times,
     sort_labels,
@@ -140,7 +141,8 @@ def load_dataset(
             which one stands alone, could be either, and ``task`` must say which.
         target: name of the column to predict; the last one by default. In a file without a header
             columns are called 1, 2, ... No target may be missing, which an empty cell, ``?``,
-            ``NA``, ``N/A``, ``NaN`` and ``null`` are; ``none`` and ``-`` can be classes.
+            ``NA``, ``N/A``, ``NaN`` and ``null`` are; ``none`` and ``-`` can be classes. Where all
+            classes, categories or groups are numbers, equal ones are one: 1 and 1.0.
         categories: names of columns whose numbers are categories. A column in which no cell is a
             number is one anyhow. None may have over 1,000, or as many as rows where those are
             over 100.
@@ -444,7 +446,8 @@ def _read_groups(table: Table, position: int) -> Tensor:
     for row, cell in enumerate(cells):
         if is_missing(cell):  # all of these would be one group
             raise ValueError(f"{table.place(row, position)}: {cell!r} is no group")
-    return torch.from_numpy(np.unique(cells, return_inverse=True)[1])
+    names = name_labels(cells)
+    return torch.from_numpy(np.unique([names[c] for c in cells], return_inverse=True)[1])
 
 
 def _from_text(table: Table, target: str | None) -> Dataset:
@@ -488,6 +491,7 @@ def _from_npz(path: Path, task: str) -> Dataset:
         return f"{path}: {array}: row {row + 1}"
 
     x, targets = np.concatenate(xs), as_targets(np.concatenate(ys), task, f"{path}: y", place)
+    _check_test_classes(f"{path}: y_test", *targets, train)
     if x.ndim == 2:
         return Dataset(_as_rows(x, f"{path}: x"), *targets, test=last(test, len(x)))
     x = x[:, None] if x.ndim == 3 else x
@@ -523,7 +527,15 @@ def _from_folder(path: Path, size: int | None) -> Dataset:
         raise ValueError(f"{path}: images of shape {shapes[0]} in train, {shapes[1]} in test")
     labels = [label for _, part in parts for label in part]
     targets = as_targets(labels, "classification", str(path))
+    _check_test_classes(f"{path}: test", *targets, len(parts[0][1]))
     return image_set(np.concatenate([x for x, _ in parts]), targets, split * len(parts[-1][1]))
+
+
+def _check_test_classes(name: str, y: Tensor, classes: list[str] | None, train: int) -> None:
+    """What the training part has no sample of, nothing could learn."""
+    if classes is not None and (unknown := set(y[train:].tolist()) - set(y[:train].tolist())):
+        names = ", ".join(repr(classes[i]) for i in sorted(unknown))
+        raise ValueError(f"{name}: expected classes that the training part has, got {names}")
 
 
 def as_targets(
@@ -548,11 +560,12 @@ def as_targets(
             raise ValueError(f"{place(row)}: {cell!r} is not a finite number to predict")
     if task == "regression":
         return torch.tensor([float(cell) for cell in cells]), None
-    classes = sort_labels(set(cells))
+    names = name_labels(cells)
+    classes = sort_labels(set(names.values()))
     if len(classes) < 2:
         raise ValueError(f"{name}: expected two classes or more, got {classes}")
     index = {label: i for i, label in enumerate(classes)}
-    return torch.tensor([index[cell] for cell in cells]), classes
+    return torch.tensor([index[names[cell]] for cell in cells]), classes
 
 
 def _guess_task(cells: list[str], name: str, place: Callable[[int], str]) -> str:

@@ -80,7 +80,7 @@ def find_idx(root: Path, stem: str) -> Path:
 
 
 def read_folder(root: str | Path, size: int | None = None) -> tuple[np.ndarray, list[str]]:
-    """Read the images of a folder's subfolders, whose names are the labels.
+    """Read the images of a folder's subfolders, whose names are the labels; not of hidden ones.
 
     Args:
         root: the folder.
@@ -97,7 +97,7 @@ def read_folder(root: str | Path, size: int | None = None) -> tuple[np.ndarray, 
         raise FileNotFoundError(f"{root}: no such folder")
     files = [
         root / label / name
-        for label in _names(root, os.DirEntry.is_dir)
+        for label in _names(root, _is_class)
         for name in _names(root / label, _is_image)
     ]
     if not files:
@@ -110,6 +110,10 @@ def _names(folder: Path, wanted: Callable[[os.DirEntry[str]], bool]) -> list[str
     """In order; of what is not wanted, be it a million, nothing is kept."""
     with os.scandir(folder) as entries:
         return sorted(entry.name for entry in entries if wanted(entry))
+
+
+def _is_class(entry: os.DirEntry[str]) -> bool:
+    return entry.is_dir() and not entry.name.startswith(".")  # as Jupyter's checkpoints do
 
 
 def _is_image(entry: os.DirEntry[str]) -> bool:

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchref._checks import require_integer
+
 # NumPy's RandomState is frozen: a seed gives the same numbers in every version on every machine.
 
 
@@ -250,6 +252,7 @@ def _check_column(name: str, argument: str, x: Tensor, count: int | None = None)
 
 def check_seed(name: str, seed: int) -> None:
     """Raise where NumPy takes no such seed."""
+    require_integer(name, "seed", seed)
     if not 0 <= seed < 2**32:
         raise ValueError(f"{name}: expected `seed` in [0, 2**32), got {seed}")
 

@@ -204,7 +204,7 @@ def find_columns(
             )
         known = None
         if position in named or not any(map(is_float, present)):
-            known = tuple(sort_labels(set(present)))
+            known = tuple(sort_labels(set(name_labels(present).values())))
             if len(known) > CATEGORIES or len(known) == len(present) > IDENTIFIERS:
                 raise ValueError(
                     f"{table.path}: {len(known)} categories in the {len(present)} rows of column "
@@ -265,10 +265,11 @@ def encode(
     features = np.zeros(shape, np.float32)
     start = 0
     for column, position in zip(columns, positions, strict=True):
-        places = {c: start + i for i, c in enumerate(column.categories or ())}
-        for row, cell in enumerate(table.cells(position)):
+        cells = table.cells(position)
+        places = _places(column.categories or (), cells)
+        for row, cell in enumerate(cells):
             if cell in places:
-                features[row, places[cell]] = 1.0
+                features[row, start + places[cell]] = 1.0
             elif missing == "impute" and is_missing(cell):
                 features[row, start] = 0.0 if column.categories else np.nan
             elif column.categories is None and is_number(cell):
@@ -277,6 +278,16 @@ def encode(
                 raise ValueError(f"{table.place(row, position)}: {_wrong(cell, column, trained)}")
         start += column.width
     return torch.from_numpy(features)
+
+
+def _places(categories: Sequence[str], cells: Iterable[str]) -> dict[str, int]:
+    """Which of the categories each cell that is one is."""
+    places = {category: i for i, category in enumerate(categories)}
+    if categories and all(map(is_number, categories)):
+        numbers = {_value(category): i for category, i in places.items()}
+        others = filter(is_number, set(cells) - places.keys())
+        places |= {c: numbers[_value(c)] for c in others if _value(c) in numbers}
+    return places
 
 
 def _wrong(cell: str, column: Column, trained: bool) -> str:
@@ -290,6 +301,25 @@ def _wrong(cell: str, column: Column, trained: bool) -> str:
         advice = f"; --categories {column.name} takes the column as categories"
         return f"{cell!r} is not a finite number" + ("" if trained else advice)
     return f"{cell!r} is none of the categories of {column.name} ({', '.join(column.categories)})"
+
+
+def name_labels(labels: Iterable[str]) -> dict[str, str]:
+    """Each label's name: itself, or where all are numbers, the shortest of those that equal it.
+
+    Files that were put together by pandas hold 1 and 1.0.
+    """
+    different = sorted(set(labels), key=lambda c: (len(c), c))
+    if not all(map(is_number, different)):
+        return {label: label for label in different}
+    names: dict[float, str] = {}
+    return {label: names.setdefault(_value(label), label) for label in different}
+
+
+def _value(number: str) -> float:
+    try:
+        return int(number)  # identifiers differ in digits that a float has not
+    except ValueError:
+        return float(number)
 
 
 def sort_labels(labels: Iterable[str]) -> list[str]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchref._checks import require_finite, require_floating, require_number, require_tensor
+from torchref._checks import require_constant, require_finite, require_floating, require_tensor
 from torchref.autograd import (
     Function,
     attached,
@@ -581,8 +581,8 @@ def softplus(input: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
     pricing", 2001.
     """
     require_floating("softplus", input)
-    require_number("softplus", "beta", beta)
-    require_number("softplus", "threshold", threshold)
+    require_constant("softplus", "beta", beta)
+    require_constant("softplus", "threshold", threshold)
     (input,) = autocast("softplus", input)
     return SoftplusFunction.call(input, float(beta), float(threshold))
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchref._checks import require_floating, require_number
+from torchref._checks import require_constant, require_floating
 from torchref.autograd import Function, opmath, rounded, summed
 from torchref.dispatch import accelerated
 from torchref.internals import TorchBatchNorm
@@ -677,12 +677,13 @@ def check(
             raise RuntimeError(f"{name}: expected `{argument}` at inference, got None")
     if (running_mean is None) != (running_var is None):
         raise ValueError(f"{name}: expected both `running_mean` and `running_var`, or neither")
-    require_number(name, "eps", eps)
+    require_constant(name, "eps", eps)
     if not eps >= 0 or (training and eps == 0):
         raise ValueError(f"{name}: expected a positive `eps`, got {eps}")
-    if training and not isinstance(momentum, Tensor):  # which would have to be waited for
-        require_number(name, "momentum", momentum)
-        if not momentum <= 1:
+    if training:
+        require_constant(name, "momentum", momentum)
+        # a tensor would have to be waited for
+        if not isinstance(momentum, Tensor) and not momentum <= 1:
             raise ValueError(f"{name}: expected `momentum` of 1 at most, got {momentum}")
     if training and alone and input.shape[0] * math.prod(input.shape[2:]) == 1:
         raise ValueError(

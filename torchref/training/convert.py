@@ -12,6 +12,7 @@ import torchref.optim
 from torchref.convert import Report
 from torchref.nn import SyncBatchNorm
 from torchref.optim.convert import OURS
+from torchref.training.checks import check_type
 
 
 class ConvertCallback(Callback):
@@ -31,6 +32,9 @@ class ConvertCallback(Callback):
         report: what the conversion did, None before; a later ``setup`` that finds nothing to swap
             leaves it.
 
+    Raises:
+        TypeError: ``exclude`` is no list, or one of the others neither True nor False.
+
     Example:
         >>> callback = ConvertCallback(exclude=["head.*"])
         >>> callback.report is None
@@ -45,6 +49,11 @@ class ConvertCallback(Callback):
         fuse: bool = False,
         optimizers: bool = True,
     ) -> None:
+        if isinstance(exclude, str) or not isinstance(exclude, Iterable):
+            raise TypeError(f"ConvertCallback: expected a list as `exclude`, got {exclude!r}")
+        options = {"functional": functional, "fuse": fuse, "optimizers": optimizers}
+        for name, value in options.items():
+            check_type(name, value, "True or False", bool)
         self.exclude = tuple(exclude)
         self.functional = functional
         self.fuse = fuse

@@ -1,7 +1,8 @@
 """The three parts of a data set as Lightning asks for them."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -17,7 +18,7 @@ from torchref.data.split import (
     ratios_for,
     stratified_split,
 )
-from torchref.training.checks import check_choice, check_range
+from torchref.training.checks import check_choice, check_integer, check_range
 from torchref.training.resume import ResumableDataLoader
 
 EVALUATION_BATCH = 1024
@@ -77,6 +78,7 @@ class DataModule(LightningDataModule):
 
     Raises:
         ValueError: an argument is out of its range, or a part would be too small.
+        TypeError: ``gap`` or ``seed`` is no integer, or ``ratios`` are no numbers.
 
     Example:
         >>> x, y = torch.zeros(100, 2), torch.arange(100) % 2
@@ -105,8 +107,8 @@ class DataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        whole = isinstance(batch_size, int) and batch_size >= 1
-        check_range("batch_size", batch_size, ">= 1 or 'full'", batch_size == "full" or whole)
+        batch_size = _checked_size(batch_size)
+        gap, seed = check_integer("gap", gap, 0), check_integer("seed", seed, 0)
         split = _resolved(split, y, groups, times)
         check_range("gap", gap, "0 but for a chronological split", not gap or split[0] == "c")
         for name, value in (("y", y), ("groups", groups), ("times", times)):
@@ -124,7 +126,7 @@ class DataModule(LightningDataModule):
             _check_indices("test", part, len(y))
         if parts is None:
             rest, held = _hold_out(len(y), test)
-            ratios = _three(ratios_for(len(y)) if ratios == "auto" else ratios)
+            ratios = _three(_checked_ratios(ratios, len(y)))
             whole = min(ratios) > 0 and abs(sum(ratios) - 1) < 1e-6
             check_range("ratios", ratios, "positive numbers with sum 1", whole)
             shares = ratios if held is None else _without_test(ratios)
@@ -184,6 +186,22 @@ class DataModule(LightningDataModule):
         if self.augment is None or self.trainer is None or not self.trainer.training:
             return batch
         return self.augment(*batch)
+
+
+def _checked_size(size: int | Literal["full"]) -> int | Literal["full"]:
+    if isinstance(size, str) and size == "full":
+        return size
+    whole = isinstance(size, Integral) and not isinstance(size, bool)
+    check_range("batch_size", size, ">= 1 or 'full'", whole and size >= 1)
+    return int(size)
+
+
+def _checked_ratios(ratios: Sequence[float] | Literal["auto"], count: int) -> Sequence[float]:
+    if isinstance(ratios, str) and ratios == "auto":
+        return ratios_for(count)
+    if not (isinstance(ratios, Iterable) and all(hasattr(r, "__float__") for r in ratios)):
+        raise TypeError(f"ratios: expected three numbers or 'auto', got {ratios!r}")
+    return ratios
 
 
 def _resolved(split: str, y: Tensor, groups: Tensor | None, times: Tensor | None) -> str:

@@ -15,7 +15,7 @@ class RestoreBest(Callback):
     """Train to the end, then go back to the weights and buffers that scored best.
 
     For runs of a fixed length; :class:`EarlyStopping` does it, too. A NaN or infinite metric is
-    never the best. The copy is part of the checkpoint.
+    never the best. The copy is part of the checkpoint; a new fit begins without one.
 
     Args:
         monitor: a logged metric.
@@ -40,6 +40,10 @@ class RestoreBest(Callback):
         self.score: float | None = None
         self.epoch: int | None = None
         self.state: dict[str, Tensor] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":  # a checkpoint comes later
+            self.score = self.epoch = self.state = None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
@@ -73,8 +77,8 @@ class EarlyStopping(callbacks.EarlyStopping):
     Lightning's callback stops; this one also keeps a copy of the best weights and buffers, puts it
     back when fitting ends for whatever reason, and words the reason. A NaN or infinite metric stops
     training and is never the best. Copy and counters are part of the checkpoint, and training that
-    had stopped stops again when it is resumed, unless it may be more patient by then. Epochs count
-    from 0, as Lightning's do.
+    had stopped stops again when it is resumed, unless it may be more patient by then; a new fit
+    begins without them. Epochs count from 0, as Lightning's do.
 
     Args:
         monitor: a logged metric.
@@ -105,22 +109,32 @@ class EarlyStopping(callbacks.EarlyStopping):
         start_from_epoch: int = 0,
     ) -> None:
         check_type("monitor", monitor, "a metric's name", str)
-        check_integer("patience", patience, 1)
+        patience = check_integer("patience", patience, 1)
         check_type("min_delta", min_delta, "a number", Real)
         check_range("min_delta", min_delta, "finite and >= 0", 0 <= min_delta < torch.inf)
-        check_integer("start_from_epoch", start_from_epoch, 0)
+        self.start_from_epoch = check_integer("start_from_epoch", start_from_epoch, 0)
         # After validation, not at the end of the training epoch: patience then counts checks.
         super().__init__(monitor, min_delta, patience, mode=mode, check_on_train_epoch_end=False)
-        self.start_from_epoch = start_from_epoch
+        self._begin()
+
+    def _begin(self) -> None:
+        self.best_score = torch.tensor(torch.inf if self.mode == "min" else -torch.inf)
         self.best_epoch: int | None = None
         self.best_state: dict[str, Tensor] | None = None
+        self.wait_count = 0
         self.reason = "not started"
+        self._keep_going()
         self._became = ""  # the metric that stopped it: NaN or infinite
+
+    def _keep_going(self) -> None:
+        self.stopping_reason = EarlyStoppingReason.NOT_STOPPED
+        self.stopping_reason_message = None
+        self.stopped_epoch = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":  # a checkpoint comes later
-            self.stopping_reason = EarlyStoppingReason.NOT_STOPPED
+            self._begin()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.stopping_reason is not EarlyStoppingReason.NOT_STOPPED:  # by the checkpoint
@@ -172,9 +186,7 @@ class EarlyStopping(callbacks.EarlyStopping):
         self.patience = patience  # a resumed run may be more patient than it was
         waits = self.stopping_reason is EarlyStoppingReason.PATIENCE_EXHAUSTED
         if waits and self.wait_count < patience:
-            self.stopping_reason = EarlyStoppingReason.NOT_STOPPED
-            self.stopping_reason_message = None
-            self.stopped_epoch = 0
+            self._keep_going()
         self._became = state_dict.get("became", "")
         self.best_epoch = state_dict["best_epoch"]
         self.best_state = state_dict["best_state"]

@@ -18,11 +18,12 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 import torchref
 import torchref.optim
+from torchref._checks import require_number
 from torchref.autograd import opmath
 from torchref.data.normalize import Standard
 from torchref.nn.functional import softmax
 from torchref.nn.penalty import weight_penalty
-from torchref.training.checks import check_choice, check_range
+from torchref.training.checks import check_choice, check_integer, check_range
 from torchref.training.decision import decide
 from torchref.training.mlp import LIBRARIES, build_mlp, build_normalizer, optimizer_factory
 
@@ -54,6 +55,7 @@ class Supervised(LightningModule):
 
     Raises:
         ValueError: a penalty is out of its range.
+        TypeError: it is no number.
 
     Source: the course, "Backpropagation" and "L1 and L2 regularization".
     """
@@ -75,8 +77,9 @@ class Supervised(LightningModule):
         l2: float = 0.0,
     ) -> None:
         super().__init__()
-        check_range("l1", l1, "finite and >= 0", 0 <= l1 < float("inf"))
-        check_range("l2", l2, "finite and >= 0", 0 <= l2 < float("inf"))
+        for name, value in (("l1", l1), ("l2", l2)):
+            require_number(type(self).__name__, name, value)
+            check_range(name, value, "finite and >= 0", 0 <= value < float("inf"))
         self.net = net
         self.normalize = normalize or nn.Identity()
         self.loss = loss
@@ -167,12 +170,13 @@ class Classifier(Supervised):
 
     Args:
         net: samples to logits (samples, classes).
-        classes: number of classes.
+        classes: number of classes, >= 2.
         loss: of logits and labels; mean cross-entropy by default.
         normalize, optimizer, l1, l2: see :class:`Supervised`.
 
     Raises:
-        ValueError: a penalty is out of its range.
+        ValueError: a penalty or ``classes`` is out of its range.
+        TypeError: one of them is no number.
 
     Example:
         >>> model = Classifier(torch.nn.Linear(4, 3), classes=3, l2=1e-4)
@@ -187,6 +191,7 @@ class Classifier(Supervised):
     def __init__(
         self, net: nn.Module, classes: int, *, loss: nn.Module | None = None, **options: Any
     ) -> None:
+        classes = check_integer("classes", classes, 2)
         scores = MetricCollection(
             {
                 "accuracy": MulticlassAccuracy(classes, average="micro"),
@@ -240,6 +245,7 @@ class Regressor(Supervised):
 
     Raises:
         ValueError: a penalty is out of its range.
+        TypeError: it is no number.
 
     Example:
         >>> model = Regressor(torch.nn.Linear(4, 1))

@@ -19,7 +19,7 @@ from torchmetrics import Metric, MetricCollection
 
 from torchref.internals import local_part, tree_leaves, tree_map_only
 from torchref.optim.clip import total_norm
-from torchref.training.checks import check_range
+from torchref.training.checks import check_integer, check_range
 
 # The scale is the gradient of the loss itself. Below float16's smallest normal number it loses
 # digits there, then all of them: to halve it further helps no step.
@@ -86,6 +86,7 @@ class StopOnNonFinite(Callback):
 
     Raises:
         ValueError: ``every`` is out of its range, or optimization is manual.
+        TypeError: ``every`` is no integer.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -96,8 +97,7 @@ class StopOnNonFinite(Callback):
     """
 
     def __init__(self, every: int = 1) -> None:
-        check_range("every", every, ">= 1", every >= 1)
-        self.every = every
+        self.every = check_integer("every", every, 1)
         self.reason: str | None = None
         self._batches: list[_Batch] = []
         self._buffers: dict[str, Tensor] = {}  # as they were before the first of the batches

@@ -156,8 +156,8 @@ class ResumableDataLoader(DataLoader):
     ) -> None:
         iterable = isinstance(dataset, IterableDataset)
         check_range("dataset", type(dataset).__name__, "one with a length", not iterable)
-        check_integer("batch_size", batch_size, 1)
-        check_integer("seed", seed, 0)
+        batch_size = check_integer("batch_size", batch_size, 1)
+        seed = check_integer("seed", seed, 0)
         for name in ("sampler", "batch_sampler", "generator", "persistent_workers"):
             check_range(name, options.get(name), "nothing: it is taken", not options.get(name))
         share = _Share(

@@ -9,21 +9,27 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import torchref
 import torchref.optim
+from torchref._printing import printing
 from torchref.diagnostics.drawing import new_figure
 from torchref.diagnostics.learning_curves import CURVES
 from torchref.training import build_mlp
 from torchref.training.checks import check_range
-from torchref.training.command_line import USER_ERRORS, OneLineParser, describe
+from torchref.training.command_line import USER_ERRORS, OneLineParser, describe, interrupted
 
 LR = 0.05  # Adam's, on all samples at once
 VALIDATION = 1000  # samples, so many that their error is exact to about 0.01
 PER_ROW = 4  # panels
+GRID = 200  # points on a side of a panel, each with a value of every neuron at once
+MOST_NEURONS = 10_000  # GRID * GRID * 4 bytes for each: 1.6 GB
+MOST_SAMPLES = 100_000  # of MOST_NEURONS values: 4 GB
+MOST_NOISE = 1000.0  # the moons are 3 wide
 
 
 @dataclass(frozen=True)
@@ -43,9 +49,22 @@ def make_parser() -> OneLineParser:
         description="Train hidden layers of several sizes on two moons and show how they overfit.",
     )
     sizes = [1, 2, 3, 4, 5, 20, 50]
-    parser.add_argument("--sizes", type=int, nargs="+", default=sizes, help="hidden neurons, > 0")
-    parser.add_argument("--samples", type=int, default=100, help="to train on, >= 4")
-    parser.add_argument("--noise", type=float, default=0.3, help="deviation of each point, >= 0")
+    parser.add_argument(
+        "--sizes",
+        type=int,
+        nargs="+",
+        default=sizes,
+        help=f"hidden neurons, > 0 and <= {MOST_NEURONS}",
+    )
+    parser.add_argument(
+        "--samples", type=int, default=100, help=f"to train on, >= 4 and <= {MOST_SAMPLES}"
+    )
+    parser.add_argument(
+        "--noise",
+        type=float,
+        default=0.3,
+        help=f"deviation of each point, >= 0 and <= {MOST_NOISE:g}",
+    )
     parser.add_argument("--seeds", type=int, default=3, help="data and weights to average, >= 1")
     parser.add_argument("--epochs", type=int, default=1500, help="steps of a training, > 0")
     parser.add_argument("--folder", type=str, default="overfitting", help="under runs/")
@@ -53,9 +72,12 @@ def make_parser() -> OneLineParser:
 
 
 def check(args) -> Path:
-    check_range("sizes", args.sizes, "> 0", min(args.sizes) > 0)
-    check_range("samples", args.samples, ">= 4", args.samples >= 4)
-    check_range("noise", args.noise, "finite and >= 0", 0 <= args.noise < float("inf"))
+    in_range = all(0 < size <= MOST_NEURONS for size in args.sizes)
+    check_range("sizes", args.sizes, f"> 0 and <= {MOST_NEURONS}", in_range)
+    in_range = 4 <= args.samples <= MOST_SAMPLES
+    check_range("samples", args.samples, f">= 4 and <= {MOST_SAMPLES}", in_range)
+    in_range = 0 <= args.noise <= MOST_NOISE
+    check_range("noise", args.noise, f">= 0 and <= {MOST_NOISE:g}", in_range)
     check_range("seeds", args.seeds, ">= 1", args.seeds >= 1)
     check_range("epochs", args.epochs, "> 0", args.epochs > 0)
     plain = Path(args.folder).name == args.folder and args.folder not in ("", ".", "..")
@@ -115,7 +137,7 @@ def plot_boundaries(shown: dict[int, Trained], path: Path) -> None:
 
 def draw_boundary(axes, one: Trained) -> None:
     low, high = one.x.amin(0) - 0.4, one.x.amax(0) + 0.4
-    x, y = (torch.linspace(float(a), float(b), 200) for a, b in zip(low, high, strict=True))
+    x, y = (torch.linspace(float(a), float(b), GRID) for a, b in zip(low, high, strict=True))
     points = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)
     with torch.no_grad():
         logits = one.net(points)
@@ -158,22 +180,32 @@ def main(argv: list[str] | None = None) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except USER_ERRORS as error:
         parser.error(describe(error))
+    try:
+        compare_sizes(parser, args, path)
+    except KeyboardInterrupt:
+        interrupted(parser)
+
+
+def compare_sizes(parser: OneLineParser, args: Any, path: Path) -> None:
     torch.set_num_threads(1)  # for so small a network, faster than more
     first, errors = {}, {}
-    print("hidden size  train error  validation error")
+    with printing(parser):
+        print("hidden size  train error  validation error")
     for size in dict.fromkeys(args.sizes):
         trained = [
             train(size, args.samples, args.noise, seed, args.epochs) for seed in range(args.seeds)
         ]
         first[size], errors[size] = trained[0], mean_errors(trained)
         train_error, val_error = errors[size].values()
-        print(f"{size:11}  {train_error:11.3f}  {val_error:16.3f}", flush=True)
+        with printing(parser):
+            print(f"{size:11}  {train_error:11.3f}  {val_error:16.3f}")
     try:
         plot_boundaries(first, path / "boundaries.png")
         plot_errors(errors, path / "errors.png")
     except OSError as error:
         parser.error(describe(error))
-    print(f"files        {path}/ (boundaries.png, errors.png)")
+    with printing(parser):
+        print(f"files        {path}/ (boundaries.png, errors.png)")
 
 
 if __name__ == "__main__":

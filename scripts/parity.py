@@ -20,6 +20,7 @@ from benchmarks.options import OneLineParser
 from torch import Tensor
 
 import torchref
+from torchref._printing import printing
 from torchref.nn.functional import linear_cross_entropy
 from torchref.testing import Comparison, measure_parity
 
@@ -172,9 +173,10 @@ def main() -> int:
             torchref.set_backend(options.backend)
     except (RuntimeError, AssertionError) as error:
         parser.error(str(error).splitlines()[0])
-    print(f"torch {torch.__version__}, {options.device}, backend {torchref.get_backend()}\n")
     columns = f"{'ours':>8} {'torch':>8} {'bound':>8}"
-    print(f"{'piece':<60} {'dtype':<9} {'worst in':<21} {columns}  verdict")
+    with printing(parser):
+        print(f"torch {torch.__version__}, {options.device}, backend {torchref.get_backend()}\n")
+        print(f"{'piece':<60} {'dtype':<9} {'worst in':<21} {columns}  verdict")
     failures = total = 0
     for dtype in options.dtype or DTYPES:
         torch.manual_seed(0)
@@ -184,12 +186,14 @@ def main() -> int:
             row = worst(measure_parity(ours, theirs, *inputs, strides="Softmax" not in name))
             verdict = "ok" if not row.problem else f"FAILS: {row.problem}"
             errors = f"{row.error:8.1e} {row.their_error:8.1e} {row.bound:8.1e}"
-            print(f"{name:<60} {dtype:<9} {row.name:<21} {errors}  {verdict}", flush=True)
+            with printing(parser):
+                print(f"{name:<60} {dtype:<9} {row.name:<21} {errors}  {verdict}")
             failures += bool(row.problem)
             total += 1
     if not total:
         parser.error(f"no piece's name contains {options.only!r}")
-    print(f"\n{total - failures} of {total} within the bound")
+    with printing(parser):
+        print(f"\n{total - failures} of {total} within the bound")
     return 1 if failures else 0
 
 

@@ -10,16 +10,17 @@ python scripts/train.py predict samples.csv --run runs/digits --threshold 0.9
 
 import csv
 import os
-import signal
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import chain
+from math import isnan
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from torchref._printing import printing
 from torchref.data import read_features, read_texts
 from torchref.data.table import Column, is_number, read_table
 from torchref.diagnostics import diagnose_size, majority_error, plot_size_curve
@@ -40,6 +41,7 @@ from torchref.training.command_line import (
     OneLineParser,
     add_config,
     describe,
+    interrupted,
     to_config,
 )
 from torchref.training.config import read_mapping
@@ -93,7 +95,11 @@ def train(parser: OneLineParser, argv: list[str]) -> None:
     except USER_ERRORS as error:
         parser.error(describe(error))
     if args.overfit_batch or args.lr_range or args.size_curve:
-        parser.exit(0 if probe(run, args) else 1)
+        try:
+            passed = probe(parser, run, args)
+        except (ValueError, OSError) as error:
+            parser.error(describe(error))
+        parser.exit(0 if passed else 1)
     try:
         metrics = run.execute()
     except ConnectionError as error:
@@ -105,18 +111,13 @@ def train(parser: OneLineParser, argv: list[str]) -> None:
             interrupted(parser, f"interrupted; continue with --resume --name {run.path.name}\n")
         raise
     if run.trainer.is_global_zero:
-        summarize(run, metrics)
         try:
-            write_report(run, metrics, run.path / "report.html")
-        except OSError as error:
-            parser.error(describe(error))
+            with printing(parser, "the summary"):
+                summarize(run, metrics)
+        finally:
+            report(parser, run, metrics)
     if metrics["best_epoch"] is None:
         parser.exit(1, "no usable model: val_loss was never finite\n")
-
-
-def interrupted(parser: OneLineParser, message: str = "interrupted\n") -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C while Python ends
-    parser.exit(130, message)
 
 
 def lost(parser: OneLineParser, message: str) -> NoReturn:
@@ -128,33 +129,42 @@ def lost(parser: OneLineParser, message: str) -> NoReturn:
     os._exit(1)
 
 
-def probe(run: Run, args: Any) -> bool:
+def probe(parser: OneLineParser, run: Run, args: Any) -> bool:
     passed = True
     if args.overfit_batch:
         check = overfit_one_batch(run.model, next(iter(run.data.train_dataloader())))
-        print(f"overfit  {check}")
+        with printing(parser):
+            print(f"overfit  {check}")
         passed = check.passed
     if args.lr_range:
         run.path.mkdir(parents=True, exist_ok=True)
         picture = run.path / "lr_range.png"
         suggestion = learning_rate_range(run.model, run.data, picture)[2]
         found = "the loss never fell" if suggestion is None else f"steepest at {suggestion:.2g}"
-        print(f"rates    {found}; {picture}")
+        with printing(parser):
+            print(f"rates    {found}; {picture}")
     if args.size_curve:
-        size_curve(run)
+        size_curve(parser, run)
     return passed
 
 
-def size_curve(run: Run) -> None:
+def size_curve(parser: OneLineParser, run: Run) -> None:
     rows = learning_curve_over_size(run.config, dataset=run.dataset, root=run.path.parent)
-    for row in rows:
-        errors = f"train error {row['train_error']:.4f}, validation error {row['val_error']:.4f}"
-        print(f"samples  {row['samples']}: {errors}")
+    with printing(parser):
+        for row in rows:
+            train_error, val_error = (_shown(row[name]) for name in ("train_error", "val_error"))
+            print(
+                f"samples  {row['samples']}: train error {train_error}, "
+                f"validation error {val_error}"
+            )
+    if bad := [str(row["samples"]) for row in rows if isnan(row["val_error"])]:
+        parser.exit(1, f"no usable model of {', '.join(bad)} samples: val_loss was never finite\n")
     baseline = 1.0 if run.dataset.classes is None else majority_error(run.dataset.y)
     picture = run.path.parent / f"{run.path.name}-size" / "size_curve.png"
     plot_size_curve(rows, picture)
     found = diagnose_size(rows, baseline=baseline)
-    print(f"verdict  {found.verdict}: {found.explanation}\nfiles    {picture}")
+    with printing(parser):
+        print(f"verdict  {found.verdict}: {found.explanation}\nfiles    {picture}")
 
 
 def summarize(run: Run, metrics: dict[str, Any]) -> None:
@@ -180,7 +190,14 @@ def summarize(run: Run, metrics: dict[str, Any]) -> None:
 
 
 def _shown(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4f}"
+    return "not finite" if value is None or isnan(value) else f"{value:.4f}"
+
+
+def report(parser: OneLineParser, run: Run, metrics: dict[str, Any]) -> None:
+    try:
+        write_report(run, metrics, run.path / "report.html")
+    except OSError as error:
+        parser.error(describe(error))
 
 
 def predict_parser() -> OneLineParser:
@@ -198,7 +215,7 @@ def predict_parser() -> OneLineParser:
     )
     parser.add_argument(
         "--target",
-        type=str | None,
+        type=str,
         default=None,
         help="column of the file with the true classes: tell log-loss, coverage and accuracy",
     )
@@ -276,18 +293,11 @@ def predictions(args: Any) -> tuple[Iterator[list[str]], list[str]]:
 
 
 def write(parser: OneLineParser, rows: Iterable[list[str]]) -> None:
-    """Print rows as CSV; a reader that has enough, as `head`, is no error to tell of."""
+    """Print rows as CSV."""
     if sys.stdout is None:  # as Python has it where the stream is closed
         parser.error("the predictions cannot be written: standard output is closed")
-    try:
+    with printing(parser, "the predictions"):
         csv.writer(sys.stdout, lineterminator="\n").writerows(rows)
-        sys.stdout.flush()
-    except OSError as error:
-        # Python flushes once more at its end: what is left goes nowhere, instead of failing again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            parser.exit(1)  # as Python's documentation has it, "Note on SIGPIPE"
-        parser.error(f"the predictions cannot be written: {error.strerror}")
 
 
 def as_classes(path: str, target: str, classes: list[str]) -> Tensor:

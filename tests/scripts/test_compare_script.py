@@ -1,3 +1,6 @@
+import io
+import os
+
 import pytest
 from compare import main
 
@@ -34,3 +37,44 @@ def test_wrong_commands_are_one_line(arguments, capsys):
         main(arguments)
     assert stopped.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.fixture
+def finished(tmp_path, monkeypatch):
+    """The name of a run's folder."""
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "ü"
+    run.mkdir()
+    (run / "config.yaml").write_text("lr: 0.1\n")
+    (run / "metrics.json").write_text('{"test_accuracy": 0.9}')
+    (run / "metrics.csv").write_text("epoch,train_loss,val_loss\n0,,2.0\n0,1.5,\n")
+    return run.name
+
+
+@pytest.mark.parametrize("picture", ["~", "null", "#2"])
+def test_a_picture_s_name_is_text(finished, tmp_path, picture):
+    main([finished, "--picture", picture])
+    assert (tmp_path / f"{picture}.png").exists()  # Matplotlib adds the ending
+
+
+def test_a_reader_that_has_gone_is_no_traceback(finished, monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as gone:
+        monkeypatch.setattr("sys.stdout", gone)
+        with pytest.raises(SystemExit) as stopped:
+            main([finished])
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err == ""
+
+
+def test_letters_that_the_output_lacks_are_escaped(finished, monkeypatch):
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", output)
+    main([finished])
+    assert (
+        output.buffer.getvalue()
+        == rb"""               \xfc
+test_accuracy  0.9
+"""
+    )

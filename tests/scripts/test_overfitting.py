@@ -1,4 +1,5 @@
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -69,10 +70,13 @@ def test_the_same_seed_trains_the_same(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--sizes", "0"], "sizes: expected > 0, got [0]"),
+        (["--sizes", "0"], "sizes: expected > 0 and <= 10000, got [0]"),
         (["--sizes", "two"], "sizes"),
-        (["--samples", "3"], "samples: expected >= 4, got 3"),
-        (["--noise", "-1"], "noise: expected finite and >= 0, got -1.0"),
+        (["--samples", "3"], "samples: expected >= 4 and <= 100000, got 3"),
+        (["--sizes", "2", "1" + "0" * 20], "sizes: expected > 0 and <= 10000, got [2, 1000"),
+        (["--samples", "1" + "0" * 20], "samples: expected >= 4 and <= 100000, got 1000"),
+        (["--noise", "-1"], "noise: expected >= 0 and <= 1000, got -1.0"),
+        (["--noise", "1e300"], "noise: expected >= 0 and <= 1000, got 1e+300"),
         (["--noise", "nan"], "noise: expected float, got 'nan'"),
         (["--seeds", "0"], "seeds: expected >= 1, got 0"),
         (["--epochs", "0"], "epochs: expected > 0, got 0"),
@@ -98,3 +102,26 @@ def test_a_file_in_the_way_is_one_line(capsys):
     with pytest.raises(SystemExit):
         overfitting.main(["--epochs", "1"])
     assert capsys.readouterr().err.startswith("overfitting.py: error: runs")
+
+
+def test_interrupted(monkeypatch, capsys):
+    def train(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(overfitting, "train", train)
+    monkeypatch.setattr("signal.signal", lambda *args: None)  # pytest's Ctrl-C stays
+    with pytest.raises(SystemExit) as stopped:
+        overfitting.main([])
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_reader_that_has_gone_is_no_traceback(monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as gone:
+        monkeypatch.setattr("sys.stdout", gone)
+        with pytest.raises(SystemExit) as stopped:
+            overfitting.main(["--sizes", "2", "--seeds", "1", "--epochs", "1"])
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err == ""

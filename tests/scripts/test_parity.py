@@ -1,4 +1,5 @@
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,14 @@ def test_wrong_arguments(monkeypatch, capsys, arguments, message):
         run(monkeypatch, *arguments)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_reader_that_has_gone_is_no_traceback(monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as gone:
+        monkeypatch.setattr("sys.stdout", gone)
+        with pytest.raises(SystemExit) as stopped:
+            run(monkeypatch, "--only", "relu(", "--dtype", "float32")
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err == ""

@@ -106,7 +106,7 @@ def test_the_default_run(tmp_path):
     [
         (["--learning_rate", "0.1"], "unrecognized arguments: --learning_rate 0.1"),
         (["extra"], "unrecognized arguments: extra"),
-        (["--lr", "-0.1"], "lr: expected finite and > 0, got -0.1"),
+        (["--lr", "-0.1"], "lr: expected in (0, 1e30], got -0.1"),
         (["--lr", "fast"], "lr: expected float, got 'fast'"),
         (["--lr"], "expected one argument"),
         (["--batch_size", "some"], "batch_size: expected int or ['full'], got 'some'"),
@@ -163,6 +163,32 @@ def test_flags_override_the_yaml_file(here):
     config = train.to_config(args)
     assert (config.lr, config.width, config.precision, config.batch_size) == (0.5, 9, 32, "full")
     assert not config.parity
+
+
+@pytest.mark.parametrize(
+    "text", ["#2", "~", "null", "&a", "1e3", "2024", "yes", "[a]", "a: b", "{a: 1}", "", "'a'"]
+)
+def test_the_text_of_a_flag_is_its_value(text):
+    names = [option.name for option in train_options() if option.type in (str, str | None)]
+    assert {"dataset", "target", "group", "time", "root", "name"} <= set(names)
+    lists = ["--categories", text, "b", "--drop", "a", text]
+    args = train.train_parser().parse_args([*(f"--{name}={text}" for name in names), *lists])
+    assert {name: args[name] for name in names} == dict.fromkeys(names, text)
+    assert (args.categories, args.drop) == ([text, "b"], ["a", text])
+    args = train.predict_parser().parse_args(["x.csv", f"--target={text}", f"--run={text}"])
+    assert (args.target, args.run) == (text, text)
+
+
+def train_options():
+    return train.to_config(train.train_parser().parse_args([])).__dataclass_fields__.values()
+
+
+def test_null_in_a_file_is_no_text(here, capsys):
+    (here / "a.yaml").write_text("target: null\ngroup: '#2'\nname: ~\n")
+    args = train.train_parser().parse_args(["--config", "a.yaml"])
+    assert (args.target, args.group, args.name) == (None, "#2", None)
+    line = fails(capsys, "--config", "b.yaml", text="target: 5\n")
+    assert line == "train.py: error: target: expected str, got '5'\n"
 
 
 def test_a_csv_of_ones_own_from_yaml(here, capsys):
@@ -260,12 +286,16 @@ def test_predict_names_a_file_that_is_too_large(iris, monkeypatch, capsys):
 
 
 def predict_into(output, folder):
-    """In a process of its own, as Python writes what is left when it ends."""
     np.save(folder / "x.npy", np.zeros((3, 4)))
+    return run_into(output, folder, "predict", "x.npy", "--run", "runs/iris")
+
+
+def run_into(output, folder, *arguments, **environment):
+    """In a process of its own, as Python writes what is left when it ends."""
     return subprocess.run(
-        [sys.executable, SCRIPT, "predict", "x.npy", "--run", "runs/iris"],
+        [sys.executable, SCRIPT, *arguments],
         cwd=folder,
-        env=os.environ | {"PYTHONUNBUFFERED": ""},
+        env=os.environ | {"PYTHONUNBUFFERED": ""} | environment,
         stdout=output,
         stderr=subprocess.PIPE,
         text=True,
@@ -295,6 +325,42 @@ def test_predict_tells_of_a_full_disk_in_one_line(iris):
         done = predict_into(full, iris)
     message = "the predictions cannot be written: No space left on device"
     assert (done.returncode, done.stderr) == (2, f"train.py predict: error: {message}\n")
+
+
+def test_a_training_whose_reader_has_gone_is_whole(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = run_into(writer, tmp_path, *SMALL[:2], "--epochs", "2", "--accelerator", "cpu")
+    os.close(writer)
+    assert done.returncode == 1
+    assert all(line.startswith("epoch ") for line in done.stderr.splitlines())
+    assert (tmp_path / "runs" / "iris" / "report.html").stat().st_size > 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="waits for a system with /dev/full")
+def test_a_training_on_a_full_disk_of_output_is_whole(here, monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit) as stopped:
+            train.main([*SMALL[:2], "--epochs", "2", "--accelerator", "cpu"])
+    assert stopped.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == "train.py: error: the summary cannot be written: No space left on device"
+    assert (here / "runs" / "iris" / "report.html").stat().st_size > 0
+
+
+def test_letters_that_the_output_lacks_are_escaped(tmp_path):
+    rows = [f"{i % 7},{('ü', '良い')[i % 7 > 3]}\n" for i in range(40)]
+    (tmp_path / "ü.csv").write_text("f,y\n" + "".join(rows), encoding="utf-8")
+    (tmp_path / "new.csv").write_text("f\n1\n")
+    flags = ("--data", "csv:ü.csv", "--epochs", "1", "--width", "8", "--accelerator", "cpu")
+    done = run_into(subprocess.PIPE, tmp_path, *flags, PYTHONIOENCODING="ascii")
+    assert r"files    runs/csv-\xfc/ (1 epochs" in done.stdout
+    assert done.returncode == 0
+    flags = ("predict", "new.csv", "--run", "runs/csv-ü")
+    done = run_into(subprocess.PIPE, tmp_path, *flags, PYTHONIOENCODING="ascii")
+    assert done.stdout.splitlines()[0] == r"class,p(\xfc),p(\u826f\u3044)"
+    assert done.returncode == 0
 
 
 def houses():
@@ -472,6 +538,30 @@ def test_checks_before_a_run(here, capsys):
         train.main([*small, "--overfit_batch", "--init", "zeros"])
     assert stopped.value.code == 1
     assert "overfit  FAILED" in capsys.readouterr().out
+
+
+def test_what_a_check_before_a_run_cannot_do_is_one_line(here, capsys):
+    (here / "s.csv").write_text("a,y\n" + "".join(f"{i % 7},{i % 2}\n" for i in range(20)))
+    small = ("--epochs", "1", "--accelerator", "cpu")
+    line = fails(capsys, "--data", "csv:s.csv", "--size_curve", *small)
+    assert line == "train.py: error: sizes: expected two samples or more in a share, got 1\n"
+    (here / "runs").write_text("a file")
+    for flag in ("--lr_range", "--size_curve"):
+        assert "error: runs/iris" in fails(capsys, "--data", "iris", flag, *small)
+
+
+def test_a_size_curve_without_a_usable_model_is_no_verdict(here, capsys):
+    rows = [f"{i % 3 + 1}e38,{i % 2}\n" for i in range(80)]  # their products are infinite
+    (here / "large.csv").write_text("a,y\n" + "".join(rows))
+    flags = ("--normalize", "none", "--epochs", "1", "--width", "8", "--accelerator", "cpu")
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--data", "csv:large.csv", "--size_curve", *flags])
+    assert stopped.value.code == 1
+    out, err = capsys.readouterr()
+    assert "verdict" not in out
+    assert "samples  56: train error not finite, validation error not finite" in out
+    message = "no usable model of 6, 14, 28, 42, 56 samples: val_loss was never finite\n"
+    assert err.endswith(message)
 
 
 @pytest.mark.slow

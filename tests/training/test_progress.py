@@ -25,6 +25,7 @@ def fit(epochs):
         enable_model_summary=False,
     )
     trainer.fit(Classifier(torch.nn.Linear(2, 2), 2), loader, loader)
+    return trainer
 
 
 def test_a_bar_over_all_steps_on_a_terminal(capsys, monkeypatch):
@@ -41,3 +42,11 @@ def test_few_lines_elsewhere(capsys):
     lines = capsys.readouterr().err.splitlines()
     assert [line.split()[1] for line in lines] == [f"{epoch}/40" for epoch in range(0, 40, 4)]
     assert "val_accuracy" in lines[0]
+
+
+def test_a_reader_that_has_gone_ends_no_training(monkeypatch):
+    def write(text):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(sys.stderr, "write", write)
+    assert fit(2).current_epoch == 2

@@ -1,6 +1,7 @@
 """What the scripts have in common: the flags of a configuration, and errors of one line."""
 
 import re
+import signal
 import warnings
 from typing import Any, NoReturn, get_args
 
@@ -8,6 +9,7 @@ import yaml
 from jsonargparse import ActionYesNo, ArgumentParser, get_loader, set_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from torchref._printing import escape_what_cannot_be_printed
 from torchref.training.config import DATA, NETWORK, Config, options, plain_yaml
 
 LISTS = ("categories", "drop", "ratios")
@@ -25,6 +27,7 @@ class OneLineParser(ArgumentParser):
         super().__init__(parser_mode=MODE, **kwargs)
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        escape_what_cannot_be_printed()
         warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
         try:
             return super().parse_args(*args, **kwargs)
@@ -52,6 +55,8 @@ def add_config(parser: ArgumentParser) -> None:
             group.add_argument(f"--{name}", action=ActionYesNo(no_prefix="no-"), **settings)
         elif elements:
             group.add_argument(*flags, type=get_args(elements[0])[0], nargs="+", **settings)
+        elif option.type == str | None:  # None is for YAML, which reads "#2" and "~" so
+            group.add_argument(*flags, type=str, **settings)
         else:
             group.add_argument(*flags, type=option.type, **settings)
 
@@ -61,6 +66,11 @@ def to_config(args: Any) -> Config:
         if args[option.name] is None and option.default is not None:  # as YAML may have it
             raise ValueError(f"{option.name}: expected a value, got null")
     return Config(**{option.name: args[option.name] for option in options()})
+
+
+def interrupted(parser: ArgumentParser, message: str = "interrupted\n") -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C while Python ends
+    parser.exit(130, message)
 
 
 def describe(error: BaseException) -> str:

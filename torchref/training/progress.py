@@ -1,6 +1,7 @@
 """One progress bar for the whole of training."""
 
 import sys
+from contextlib import suppress
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -41,7 +42,8 @@ class EpochProgress(ProgressBar):
             self._bar.set_description(f"epoch {epoch}", refresh=False)
             self._bar.set_postfix_str(", ".join(shown), refresh=False)
         elif self._enabled and epoch % max(last // 10, 1) == 0:
-            print(f"epoch {epoch:>4}/{last}  {'  '.join(shown)}", file=sys.stderr, flush=True)
+            with suppress(OSError):  # a training goes on without its reader
+                print(f"epoch {epoch:>4}/{last}  {'  '.join(shown)}", file=sys.stderr, flush=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._bar is not None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import nan
 from pathlib import Path
 
 import torch
@@ -37,7 +38,8 @@ def learning_curve_over_size(
         repeats: >= 1, trainings for each size, with other weights and samples; errors are means.
 
     Returns:
-        A dict for each size with ``samples``, ``train_error`` and ``val_error``.
+        A dict for each size with ``samples``, ``train_error`` and ``val_error``; these are NaN
+        where no epoch's validation loss was finite.
 
     Raises:
         ValueError: a size is out of its range, or a share has less than two samples.
@@ -63,8 +65,10 @@ def learning_curve_over_size(
             part = _nested(dataset, train, config.split, seed, count)
             one = replace(config, seed=seed, name=str(count))
             run = Run(one, root=root, dataset=dataset, parts=(part, val, test), progress=False)
-            run.execute(test=False)
-            found.append([_error(run, dataset, index, train) for index in (part, val)])
+            usable = run.execute(test=False)["best_epoch"] is not None
+            found.append(
+                [_error(run, dataset, index, train) if usable else nan for index in (part, val)]
+            )
         errors = torch.tensor(found, dtype=torch.float64).mean(0).tolist()
         rows.append({"samples": count, "train_error": errors[0], "val_error": errors[1]})
     return rows

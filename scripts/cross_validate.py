@@ -7,6 +7,8 @@ python scripts/cross_validate.py --resume --name wine-cv
 python scripts/cross_validate.py --dataset csv:sales.csv --time day --method time --gap 7
 """
 
+import os
+import shlex
 import sys
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -64,18 +66,26 @@ def main(argv: list[str] | None = None) -> None:
 
     def report(row: dict[str, Any]) -> None:
         rows.append(row)
-        print(as_line(row, len(cv.parts)), flush=True)
+        tell(as_line(row, len(cv.parts)))
 
     try:
         result = cv.execute(args.jobs, args.resume, report)
     except (ValueError, OSError, BrokenProcessPool) as error:
         parser.error(describe(error))
     except (KeyboardInterrupt, SystemExit):  # the latter is how Lightning leaves after Ctrl-C
-        parser.exit(130, f"interrupted; continue with --resume --name {cv.path.name}\n")
-    print(summary(result))
-    print(f"files     {cv.path}/")
+        name = shlex.quote(cv.path.name)
+        parser.exit(130, f"interrupted; continue with --resume --name {name}\n")
+    tell(f"{summary(result)}\nfiles     {cv.path}/")
     if bad := [str(row["fold"]) for row in rows if row["best_epoch"] is None]:
         parser.exit(1, f"no usable model in fold {', '.join(bad)}: val_loss was never finite\n")
+
+
+def tell(text: str) -> None:
+    """Print; the folds go on when a reader has enough, as `head`, for they end up in files."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # what is left, and what comes, goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def as_line(row: dict[str, Any], count: int) -> str:

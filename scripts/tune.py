@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     except USER_ERRORS as error:
         parser.error(describe(error))
     except (KeyboardInterrupt, SystemExit):  # the second is how Lightning leaves after Ctrl-C
-        parser.exit(130, f"interrupted; continue with --resume --name {path.name}\n")
+        parser.exit(130, f"interrupted; continue with --resume --name {shlex.quote(path.name)}\n")
         raise
     summarize(results)
     if results.best is None:

@@ -134,6 +134,7 @@ def leaf(size: int = 3) -> nn.Parameter:
 
 
 LEAF = leaf()
+NUMBER = nn.Parameter(torch.tensor(0.3))  # where no gradient is taken
 
 LOSSES = [
     row(
@@ -202,6 +203,30 @@ LOSSES = [
         "leaky_relu: .*`negative_slope`, got nan",
         X,
         differs=SILENT,
+    ),
+    row(
+        "leaky_relu: a slope that requires a gradient",
+        lambda t, x, p: t.F.leaky_relu(x, p),
+        TypeError,
+        "leaky_relu.*negative_slope.*Parameter",
+        X,
+        NUMBER,
+    ),
+    row(
+        "elu: alpha that requires a gradient",
+        lambda t, x, p: t.F.elu(x, p),
+        TypeError,
+        "elu.*alpha.*Parameter",
+        X,
+        NUMBER,
+    ),
+    row(
+        "softplus: beta that requires a gradient",
+        lambda t, x, p: t.F.softplus(x, p),
+        TypeError,
+        "softplus.*beta.*Parameter",
+        X,
+        NUMBER,
     ),
     row(
         "elu: an infinite alpha",
@@ -509,6 +534,15 @@ LOSSES = [
         "cross_entropy: .*`label_smoothing`, got '0.1'",
         X,
         T,
+    ),
+    row(
+        "cross_entropy: smoothing that requires a gradient",
+        lambda t, x, y, p: t.F.cross_entropy(x, y, label_smoothing=p),
+        TypeError,
+        "cross_entropy.*label_smoothing.*Parameter",
+        X,
+        T,
+        NUMBER,
     ),
     row(
         "cross_entropy: smoothing above 1",
@@ -828,6 +862,14 @@ LAYERS = [
         "dropout: .*`p`, got '0.5'",
         X,
     ),
+    row(
+        "dropout: p that requires a gradient",
+        lambda t, x, p: t.F.dropout(x, p),
+        TypeError,
+        "dropout.*p.*Parameter",
+        X,
+        NUMBER,
+    ),
     row("Dropout: p", lambda t: t.nn.Dropout(-0.1), ValueError, r"Dropout: .*`p` in .*got -0.1"),
     row("Dropout: no p", lambda t: t.nn.Dropout(None), TypeError, "Dropout: .*`p`, got None"),
     row(
@@ -943,6 +985,22 @@ LAYERS = [
         TypeError,
         "batch_norm: .*`eps`, got '1e-5'",
         X,
+    ),
+    row(
+        "batch_norm: eps that requires a gradient",
+        lambda t, x, p: t.F.batch_norm(x, None, None, training=True, eps=p),
+        TypeError,
+        "batch_norm.*eps.*Parameter",
+        X,
+        NUMBER,
+    ),
+    row(
+        "batch_norm: momentum that requires a gradient",
+        lambda t, x, p: t.F.batch_norm(x, None, None, training=True, momentum=p),
+        TypeError,
+        "batch_norm.*momentum.*Parameter",
+        X,
+        NUMBER,
     ),
     row(
         "batch_norm: statistics that are integers",
@@ -2549,6 +2607,38 @@ TRAINING = [
         CLASSES,
     ),
     row(
+        "DataModule: gap in words",
+        module(split="chronological", gap="two"),
+        TypeError,
+        "gap: .*got 'two'",
+        TABLE,
+        CLASSES,
+    ),
+    row(
+        "DataModule: no seed",
+        module(seed=None),
+        TypeError,
+        "seed: expected an integer, got None",
+        TABLE,
+        CLASSES,
+    ),
+    row(
+        "DataModule: ratios in words",
+        module(ratios=["most", "some", "some"]),
+        TypeError,
+        r"ratios: .*got \['most', 'some', 'some'\]",
+        TABLE,
+        CLASSES,
+    ),
+    row(
+        "DataModule: one ratio",
+        module(ratios=0.8),
+        TypeError,
+        "ratios: expected three numbers or 'auto', got 0.8",
+        TABLE,
+        CLASSES,
+    ),
+    row(
         "DataModule: two ratios",
         module(ratios=(0.5, 0.5)),
         ValueError,
@@ -2612,6 +2702,20 @@ TRAINING = [
         LINEAR,
     ),
     row(
+        "Classifier: l1 in words",
+        lambda net: Classifier(net, 2, l1="no"),
+        TypeError,
+        "Classifier: .*`l1`, got 'no'",
+        LINEAR,
+    ),
+    row(
+        "Classifier: classes in words",
+        lambda net: Classifier(net, "two"),
+        TypeError,
+        "classes: .*got 'two'",
+        LINEAR,
+    ),
+    row(
         "Classifier: l2 of NaN",
         lambda net: Classifier(net, 2, l2=NAN),
         ValueError,
@@ -2622,7 +2726,7 @@ TRAINING = [
         "Classifier: one class",
         lambda net: Classifier(net, 1),
         ValueError,
-        "`num_classes`.*got 1",
+        "classes: expected >= 2, got 1",
         LINEAR,
     ),
     row(
@@ -2724,7 +2828,7 @@ TRAINING = [
         older_run,
     ),
     row("Run: name", run(name="../up"), ValueError, "name: .*got '../up'", older_run),
-    row("Run: lr", run(lr=NAN), ValueError, "lr: expected finite and > 0, got nan", older_run),
+    row("Run: lr", run(lr=NAN), ValueError, r"lr: expected in \(0, 1e30\], got nan", older_run),
     row("Run: batches of one", run(batch_size=1), ValueError, "batch_size: .*got 1", older_run),
     row("Run: patience", run(patience=0), ValueError, "patience: expected >= 1, got 0", older_run),
     row("Run: backend", run(backend="cuda"), ValueError, "set_backend: .*got 'cuda'", older_run),
@@ -2956,6 +3060,22 @@ TRAINING = [
         PROBABILITIES,
         torch.tensor([0]),
     ),
+    row(
+        "log_loss: logits",
+        log_loss,
+        ValueError,
+        r"log_loss: expected `probabilities` in \[0, 1\], got 3",
+        torch.tensor([[3.0, -1.0]]),
+        torch.tensor([0]),
+    ),
+    row(
+        "decide: logits",
+        decide,
+        ValueError,
+        r"decide: expected `probabilities` in \[0, 1\], got 3",
+        torch.tensor([[3.0, -1.0]]),
+        0.5,
+    ),
 ]
 
 
@@ -3130,7 +3250,7 @@ def foreign_checkpoint() -> bytes:
 HALF_A_RUN = {"runs/a/config.yaml": "lr: 0.1\n", "runs/a/metrics.csv": "epoch,val_loss\n0,1.0\n"}
 COMMANDS = [
     Command(
-        "train: lr", "train", "--dataset iris --lr -0.1", "lr: expected finite and > 0, got -0.1"
+        "train: lr", "train", "--dataset iris --lr -0.1", r"lr: expected in \(0, 1e30\], got -0.1"
     ),
     Command(
         "train: lr of NaN", "train", "--dataset iris --lr nan", "lr: expected float, got 'nan'"
@@ -3212,7 +3332,12 @@ COMMANDS = [
         "--dataset iris --trials many",
         "trials: expected int, got 'many'",
     ),
-    Command("overfitting: sizes", "overfitting", "--sizes 0", "sizes: expected > 0, got .*0"),
+    Command(
+        "overfitting: sizes",
+        "overfitting",
+        "--sizes 0",
+        "sizes: expected > 0 and <= 10000, got .*0",
+    ),
     Command("overfitting: noise", "overfitting", "--noise nan", "noise: expected float, got 'nan'"),
     Command("benchmark: section", "benchmark", "speed", "no section 'speed': expected"),
     Command(

@@ -115,7 +115,12 @@ def test_as_many_folds_as_samples_leave_one_out():
         ((10, 1, {"method": "plain"}), "`k` from 2 to the 10 samples, got 1"),
         ((10, 11, {"method": "plain"}), "`k` from 2 to the 10 samples, got 11"),
         ((10, 5, {"method": "fair"}), "`method` of plain, .*, got 'fair'"),
-        ((10, 5, {"method": "plain", "repeats": 0}), "`repeats` >= 1, got 0"),
+        ((10, 5, {"method": "plain", "repeats": 0}), r"`repeats` in \[1, 4294967296\], got 0"),
+        (
+            (10, 5, {"method": "plain", "repeats": 99999999999999, "seed": 6}),
+            r"`repeats` in \[1, 4294967290\], got 99999999999999",
+        ),
+        ((10, 5, {"method": "plain", "seed": -1}), r"`seed` in \[0, 4294967295\], got -1"),
         ((10, 5, {"method": "time", "repeats": 2}), "`repeats` 1 for method 'time'.*got 2"),
         (
             (10, 5, {"method": "grouped", "repeats": 2, "groups": torch.arange(10)}),

@@ -2,6 +2,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -107,6 +108,37 @@ def uninterrupted(tmp_path_factory):
     return result(folder)
 
 
+@pytest.mark.parametrize("name", [(), ("--name", "k"), ("--name", "two words")])
+def test_the_advice_after_an_interrupt_works(here, monkeypatch, capsys, name):
+    run, interrupts = cross_validate._run, iter([False, True])
+
+    def interrupted(*arguments):
+        if next(interrupts):
+            raise KeyboardInterrupt
+        return run(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cross_validate, "_run", interrupted)
+        with pytest.raises(SystemExit):
+            script.main([*IRIS[:-2], *name, "--epochs", "2", "--folds", "2"])
+    first, advice = capsys.readouterr()
+    assert first.count("fold ") == 1
+    script.main(shlex.split(advice.removeprefix("interrupted; continue with ")))
+    again = capsys.readouterr().out
+    assert again.startswith(first)
+    assert again.count("fold ") == 2
+
+
+def test_a_reader_that_has_enough_loses_no_fold(here, monkeypatch, capfd):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        script.main(list(SHORT))
+    assert result(here)["folds"] == 3
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit(1)])
 def test_interrupted_without_processes(here, monkeypatch, capsys, stop):
     def run(*_):
@@ -178,7 +210,7 @@ def test_resume_keeps_what_the_command_line_leaves_open(here, capsys):
         (["--method", "magic"], "method: expected one of auto"),
         (["--method", "time", "--repeats", "2"], "expected `repeats` 1 for method 'time'"),
         (["--method", "grouped"], "--group names a column of the table"),
-        (["--lr", "-1"], "lr: expected finite and > 0, got -1.0"),
+        (["--lr", "-1"], "lr: expected in (0, 1e30], got -1.0"),
         (["--learning_rate", "1"], "unrecognized arguments: --learning_rate 1"),
         (["--dataset", "csv:none.csv"], "none.csv: No such file or directory"),
         (["--resume"], "resume: no cross-validation in runs/cv-iris"),

@@ -2,6 +2,7 @@ import csv
 import json
 import math
 import os
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from killing import full_disk
 from sklearn.metrics import accuracy_score
+from yaml.representer import RepresenterError
 
 from torchref.data import kfold, load_dataset
 from torchref.training import Config, MLPClassifier, Run, cross_validate
@@ -227,6 +229,7 @@ def test_the_files(done):
     assert {file.name for file in cv.path.iterdir()} == {
         "cross_validation.yaml",
         "cross_validation.json",
+        "fingerprint.txt",
         "folds.csv",
         "fold-1",
         "fold-2",
@@ -334,6 +337,50 @@ def test_another_configuration_is_not_resumed(tmp_path, planted, change, argumen
         other.execute(resume=True)
 
 
+def test_other_data_are_not_resumed(tmp_path, planted):
+    planted([0.5] * 4)
+    table = tmp_path / "t.csv"
+    config = write_table(table, range(60))
+    path = CrossValidation(config, folds=2, root=tmp_path).path
+    CrossValidation(config, folds=2, root=tmp_path).execute()
+    assert len(CrossValidation(config, folds=2, root=tmp_path).execute(resume=True)["scores"]) == 3
+    shutil.rmtree(path / "fold-2")  # it is left to be run
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    lines = table.read_text().splitlines()
+    table.write_text("\n".join([lines[0], "99,0,0,g,a", *lines[2:]]) + "\n")
+    changed = CrossValidation(config, folds=2, root=tmp_path)
+    message = (
+        "resume: the samples, targets or names of csv:.*t.csv are other than those of .*cv-csv-t "
+        rf"\(fingerprint [0-9a-f]{{12}}, now {changed.dataset.fingerprint}\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        changed.execute(resume=True)
+    assert {file: file.read_bytes() for file in before} == before
+    (path / "fingerprint.txt").unlink()  # as an earlier version left it
+    assert changed.execute(resume=True)["folds"] == 2
+
+
+def test_the_folder_may_have_been_named_since(tmp_path, planted):
+    planted([0.5] * 2)
+    CrossValidation(IRIS, folds=2, root=tmp_path).execute()
+    named = CrossValidation(replace(IRIS, name="cv-iris"), folds=2, root=tmp_path)
+    assert named.execute(resume=True)["folds"] == 2
+
+
+class Word(str):
+    """Text that YAML has no form for."""
+
+
+def test_nothing_is_cleared_for_what_cannot_be_written(tmp_path, planted):
+    planted([0.5] * 2)
+    path = CrossValidation(IRIS, folds=2, root=tmp_path).path
+    CrossValidation(IRIS, folds=2, root=tmp_path).execute()
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    with pytest.raises(RepresenterError):
+        CrossValidation(replace(IRIS, init=Word("he")), folds=2, root=tmp_path).execute()
+    assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
+
+
 WHOLE = {
     "epochs": 2,
     "best_epoch": 1,
@@ -419,7 +466,7 @@ def test_a_full_disk_leaves_no_part_of_the_configuration(tmp_path):
     name = "cross_validation.yaml"
     with full_disk(100), pytest.raises(OSError, match=rf"File too large: .*{name}'"):
         cv.execute()
-    assert list(cv.path.iterdir()) == []
+    assert [path.name for path in cv.path.iterdir()] == ["fingerprint.txt"]
 
 
 # Errors.
@@ -431,7 +478,7 @@ def test_a_full_disk_leaves_no_part_of_the_configuration(tmp_path):
         ({}, {"folds": 1}, "expected `k` from 2 to the 128 samples, got 1"),
         ({}, {"folds": 43}, "at least 43 samples of each class"),
         ({}, {"folds": 129, "method": "plain"}, "expected `k` from 2 to the 128 samples, got 129"),
-        ({}, {"repeats": 0}, "expected `repeats` >= 1, got 0"),
+        ({}, {"repeats": 0}, "expected `repeats` in .1, 4294967296., got 0"),
         ({}, {"method": "magic"}, "method: expected one of auto, plain, stratified, time, group"),
         ({}, {"method": "time", "repeats": 2}, "expected `repeats` 1 for method 'time'"),
         (

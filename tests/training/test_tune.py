@@ -14,6 +14,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from killing import full_disk
+from yaml.representer import RepresenterError
 
 from torchref.training import Config, DataModule, Run
 from torchref.training.tune import (
@@ -142,6 +143,9 @@ def test_values_are_put_into_the_configuration():
         ("lr=0:1:2", "search: lr: expected 0 < step <= high - low, got '0:1:2'"),
         ("lr=0:1:x", "search: lr: expected float, got 'x'"),
         ("width=1:9:0.5", "search: width: expected int, got '0.5'"),
+        ("lr=0.1:0.2:1e-30", "search: lr: expected up to .* steps, got '0.1:0.2:1e-30'"),
+        ("lr=-1e308:1e308:1", "search: lr: expected up to .* steps, got '-1e308:1e308:1'"),
+        (f"depth=1:{10**32}:1", "search: depth: expected up to .* steps, got '1:10+:1'"),
         ("lr=1:2:1:log", "search: lr: expected low:high, low:high:log or low:high:step"),
         ("lr=1,1", "search: lr: expected each value once, got '1,1'"),
     ],
@@ -408,11 +412,11 @@ def test_a_search_whose_trials_are_lost_does_not_begin_anew(tmp_path, content, m
     (path / "study.db").unlink()
     if content is not None:
         (path / "study.db").write_bytes(content)
-    table = (path / "trials.csv").read_text()
+    before = {file: file.read_bytes() for file in path.iterdir() if file.is_file()}
     for _ in range(2):  # the error is no beginning, either
         with pytest.raises((FileNotFoundError, ValueError), match=message):
             search(tmp_path, LR, fails, trials=3, resume=True)
-    assert (path / "trials.csv").read_text() == table
+    assert {file: file.read_bytes() for file in path.iterdir() if file.is_file()} == before
 
 
 def fails(config, root, report):
@@ -469,7 +473,7 @@ def test_a_full_disk_is_told_by_the_study_and_the_search_goes_on(tmp_path):
     plan = _plan(IRIS, LR, "bayes", 1, 1, None, tmp_path)
     (plan.path / "study.db").unlink()
     with full_disk(100), pytest.raises(OSError, match=r"study.db'"):
-        run_optuna(plan, bowl, resume=False)
+        run_optuna(plan, bowl)
 
 
 @pytest.mark.parametrize(
@@ -486,6 +490,38 @@ def test_a_resumed_search_is_the_same_search(tmp_path, texts, options, message):
         search(tmp_path, texts, resume=True, **options)
     with pytest.raises(FileNotFoundError, match="resume: no search in"):
         search(tmp_path / "none", LR, resume=True)
+
+
+def test_other_data_are_not_resumed(tmp_path):
+    table = tmp_path / "t.csv"
+    rows = [f"{i * 7 % 11},{'ab'[i % 2]}" for i in range(40)]
+    table.write_text("\n".join(["u,label", *rows]) + "\n")
+    config = replace(IRIS, dataset=f"csv:{table}", epochs=1, name="t")
+    path = search(tmp_path, LR, None, config, trials=1).path
+    assert len(search(tmp_path, LR, None, config, trials=2, resume=True).trials) == 2
+    before = {file: file.read_bytes() for file in path.iterdir() if file.is_file()}
+    table.write_text("\n".join(["u,label", "5,b", *rows[1:]]) + "\n")
+    message = (
+        "resume: the samples, targets or names of csv:.*t.csv are other than those of .*t "
+        r"\(fingerprint [0-9a-f]{12}, now [0-9a-f]{12}\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        search(tmp_path, LR, None, config, trials=3, resume=True)
+    assert {file: file.read_bytes() for file in path.iterdir() if file.is_file()} == before
+    (path / "fingerprint.txt").unlink()  # as an earlier version left it
+    assert len(search(tmp_path, LR, None, config, trials=3, resume=True).trials) == 3
+
+
+class Word(str):
+    """Text that YAML has no form for."""
+
+
+def test_nothing_is_cleared_for_what_cannot_be_written(tmp_path):
+    path = search(tmp_path, LR, trials=1).path
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    with pytest.raises(RepresenterError):
+        search(tmp_path, LR, config=replace(IRIS, init=Word("he")), trials=1)
+    assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
 
 
 def test_a_new_search_replaces_its_own_files_alone(tmp_path):
@@ -598,6 +634,13 @@ def test_what_cannot_run_or_diverges_has_failed(tmp_path):
     assert told == []
     outcome = Training()(replace(IRIS, batch_size=1), tmp_path, lambda *args: None)
     assert outcome.error.startswith("batch_size: batch norm needs two samples or more")
+
+
+def test_a_rate_that_overflows_is_a_failed_trial(tmp_path):
+    config = replace(IRIS, epochs=1)
+    results = search(tmp_path, ["lr=1e38,0.01"], None, config, method="grid")
+    states = {trial.params["lr"]: trial.state for trial in results.trials}
+    assert states == {1e38: "failed", 0.01: "complete"}
 
 
 def test_training_tells_each_epoch_to_the_pruner(tmp_path):

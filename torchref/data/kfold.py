@@ -33,11 +33,11 @@ def folds(
             classes in each fold; ``"time"`` takes rows in their order, always trains on what is
             before the validation part, and so never validates the first samples; ``"grouped"``
             has no group in both parts.
-        repeats: >= 1; so many times ``k`` folds, with seeds ``seed``, ``seed + 1``, and so on.
-            1 for ``"time"`` and ``"grouped"``, where nothing is random.
+        repeats: from 1 to 2**32 - ``seed``; so many times ``k`` folds, with seeds ``seed``,
+            ``seed + 1``, and so on. 1 for ``"time"`` and ``"grouped"``, where nothing is random.
         groups: (samples,) group of each sample, for ``"grouped"``.
         gap: >= 0, samples left out between training and validation, for ``"time"``.
-        seed: from 0 to 2**32 - ``repeats``.
+        seed: in [0, 2**32).
 
     Returns:
         ``k * repeats`` pairs of int64 indices.
@@ -137,15 +137,15 @@ def _check_arguments(count: int, k: int, method: str, repeats: int, gap: int, se
         raise ValueError(f"folds: expected `method` of {', '.join(METHODS)}, got {method!r}")
     if not 2 <= k <= count:
         raise ValueError(f"folds: expected `k` from 2 to the {count} samples, got {k}")
-    if repeats < 1:
-        raise ValueError(f"folds: expected `repeats` >= 1, got {repeats}")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"folds: expected `seed` in [0, {2**32 - 1}], got {seed}")
+    if not 1 <= repeats <= 2**32 - seed:  # each has a seed
+        raise ValueError(f"folds: expected `repeats` in [1, {2**32 - seed}], got {repeats}")
     if repeats > 1 and method in ("time", "grouped"):
         raise ValueError(
             f"folds: expected `repeats` 1 for method {method!r}, where nothing is random, got "
             f"{repeats}"
         )
-    if not 0 <= seed <= 2**32 - repeats:
-        raise ValueError(f"folds: expected `seed` in [0, {2**32 - repeats}], got {seed}")
     if not gap >= 0 or (gap and method != "time"):
         raise ValueError(
             f"folds: expected `gap` >= 0, and 0 but for method 'time', got {gap} for {method!r}"

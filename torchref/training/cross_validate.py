@@ -26,11 +26,12 @@ from torchref.data.reading import check_file
 from torchref.training.checkpoint import alone, write_text
 from torchref.training.checks import check_choice, check_range
 from torchref.training.config import Config, read_mapping, versions
+from torchref.training.fingerprint import FINGERPRINT, check_fingerprint, keep_fingerprint
 from torchref.training.run import FILES, Run, data_module
 
 SPLIT_OF = {"time": "chronological", "grouped": "grouped"}  # no other method goes with these
 METHOD_OF = {"chronological": "time", "grouped": "grouped", "random": "plain"}
-OWN_FILES = ("cross_validation.yaml", "folds.csv", "cross_validation.json")
+OWN_FILES = ("cross_validation.yaml", FINGERPRINT, "folds.csv", "cross_validation.json")
 
 Parts = tuple[Tensor, Tensor, Tensor]
 Row = dict[str, Any]
@@ -50,7 +51,8 @@ class CrossValidation:
     ``fold-1/``, ...           the files of each :class:`Run`
     ``folds.csv``              a row for each fold: samples, epochs, scores
     ``cross_validation.json``  what :meth:`execute` returns
-    ``cross_validation.yaml``  the configuration, written first, for ``resume``
+    ``cross_validation.yaml``  the configuration, written before any fold, for ``resume``
+    ``fingerprint.txt``        of the data, for the same
     =========================  ===============================================================
 
     They are in ``root/<name>/``, by default of the name ``cv-`` and the configuration's folder. A
@@ -148,12 +150,13 @@ class CrossValidation:
             jobs: >= 1, folds at a time, each in a process of its own, which changes no result. A
                 script has to call this under ``if __name__ == "__main__"`` where it is not 1.
             resume: take over the folds that a stopped cross-validation of that name, and of the
-                same configuration, has finished.
+                same configuration and data, has finished. Of an earlier version of torchref, which
+                left no fingerprint, the data are taken to be the same.
             report: called with the row of ``folds.csv`` of each fold that is finished.
 
         Raises:
-            ValueError: ``jobs`` is out of its range, the configuration was another one, or what a
-                fold left is damaged.
+            ValueError: ``jobs`` is out of its range, the configuration or the data were others,
+                or what a fold left is damaged.
             FileNotFoundError: there is nothing to resume.
             OSError: the folder cannot be written, or another cross-validation is writing to it.
         """
@@ -184,6 +187,7 @@ class CrossValidation:
 
     def _clear(self) -> None:
         """Leave nothing of an older one that could be taken for a fold of this one."""
+        settings = yaml.safe_dump(self._settings(), sort_keys=False)
         for name in OWN_FILES:
             (self.path / name).unlink(missing_ok=True)
         for folder in self.path.glob("fold-*"):
@@ -191,16 +195,18 @@ class CrossValidation:
                 (folder / name).unlink(missing_ok=True)
             with suppress(OSError):  # it holds something else
                 folder.rmdir()
-        text = yaml.safe_dump(self._settings(), sort_keys=False)
-        write_text(self.path / "cross_validation.yaml", text)
+        keep_fingerprint(self.path, self.dataset.fingerprint)
+        write_text(self.path / "cross_validation.yaml", settings)
 
     def _check_resume(self) -> None:
         before = read_mapping(self.path / "cross_validation.yaml")
         for name, value in self._settings().items():
-            if str(before.get(name)) != str(value):  # precision may be 32 or "32"
+            same = str(before.get(name)) == str(value)  # precision may be 32 or "32"
+            if not same and name != "name":  # that is the folder's, which is the same
                 raise ValueError(
                     f"resume: {name} was {before.get(name)!r} in {self.path}, got {value!r}"
                 )
+        check_fingerprint(self.path, self.config.dataset, self.dataset.fingerprint)
 
     def _results(self, jobs: int) -> Generator[tuple[int, Row]]:
         """Number and metrics of each fold, as they come."""

@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from decimal import Decimal
 from importlib.util import find_spec
@@ -30,6 +31,7 @@ from torchref.training.checkpoint import alone, write_text
 from torchref.training.checks import check_choice, check_range
 from torchref.training.config import NETWORK, Config, options, read_mapping
 from torchref.training.curves import COLORS, LABELS
+from torchref.training.fingerprint import FINGERPRINT, check_fingerprint, keep_fingerprint
 from torchref.training.mlp import ACTIVATIONS, INITIALIZERS, OPTIMIZERS
 from torchref.training.run import Run, load
 
@@ -61,11 +63,13 @@ WORDS = {
 }
 BOOLEANS = {"true": True, "yes": True, "false": False, "no": False}
 LARGEST_GRID = 10**6
+BUSY = 60  # seconds that one waits while another writes to study.db
 UNPRUNED = 5  # the first trials, and the first epochs of each: a median of less says little
 FILES = (
     "study.db",
     "study.db-journal",  # left by a kill, it would be played back into the next study.db
     "search.yaml",
+    FINGERPRINT,
     "best.yaml",
     "trials.csv",
     "history.png",
@@ -231,6 +235,7 @@ def _range(name: str, text: str) -> Range:
     step = _number(name, rest[0])
     width = found.high - found.low
     check_range(f"search: {name}", text, "0 < step <= high - low", 0 < step <= width)
+    check_range(f"search: {name}", text, "up to 2**53 steps", width <= step * 2**53)
     exact_low, exact_high, exact_step = (Decimal(str(x)) for x in (found.low, found.high, step))
     last = exact_low + (exact_high - exact_low) // exact_step * exact_step
     return replace(found, high=type(found.high)(last), step=step)
@@ -398,15 +403,16 @@ def tune(
 
     The folder is ``root/<name>/``, by default ``root/tune-<dataset>/``:
 
-    ==================  ======================================================================
-    ``best.yaml``       the configuration of the best trial, for ``train.py --config``
-    ``trials.csv``      a row for each trial
-    ``history.png``     the loss of each trial, and the best so far
-    ``importance.png``  how much of the loss's variance each hyperparameter explains
-    ``sweep.png``       training and validation loss against a single numeric hyperparameter
-    ``search.yaml``     what was asked for, usable as ``--config``
-    ``trials/``         the files of each trial's :class:`Run`
-    ==================  ======================================================================
+    ===================  =====================================================================
+    ``best.yaml``        the configuration of the best trial, for ``train.py --config``
+    ``trials.csv``       a row for each trial
+    ``history.png``      the loss of each trial, and the best so far
+    ``importance.png``   how much of the loss's variance each hyperparameter explains
+    ``sweep.png``        training and validation loss against a single numeric hyperparameter
+    ``search.yaml``      what was asked for, usable as ``--config``
+    ``fingerprint.txt``  of the data, for ``resume``
+    ``trials/``          the files of each trial's :class:`Run`
+    ===================  =====================================================================
 
     and the engine's own: ``study.db`` or ``ray/``. A new search replaces these of an older one of
     the same name, and nothing else in the folder. The test part stays closed: no trial has seen
@@ -425,7 +431,8 @@ def tune(
             epoch; by default for all but a grid, whose losses are compared as they are.
         engine: ``optuna`` or ``ray``.
         resume: continue the search of that name. It may have more trials and other jobs, all else
-            stays. Trials that were under way are tried again.
+            stays, and so do the data. Trials that were under way are tried again. Of an earlier
+            version of torchref, which left no fingerprint, the data are taken to be the same.
         root: where runs are kept.
         objective: what a trial does instead of training. It is called with the configuration, the
             folder for its files and a function that takes epoch and loss, and returns an
@@ -443,24 +450,29 @@ def tune(
     """
     plan = _plan(config, search, method, trials, jobs, prune, root)
     _check_engine(engine)
+    fingerprint = None  # another objective may have other data
     if objective is None:
-        objective = Training(load(config))  # wrong data are told before older files go
+        dataset = load(config)  # wrong data are told before older files go
+        objective, fingerprint = Training(dataset), dataset.fingerprint
     asked = {"search": list(search), "method": method, "engine": engine}
     asked |= {"trials": trials, "prune": plan.prune, **asdict(config)}
+    text = yaml.safe_dump(asked, sort_keys=False)
     if resume and not (plan.path / "search.yaml").exists():
         raise FileNotFoundError(f"resume: no search in {plan.path}")
     with alone(plan.path / ".search.lock", "search"):
         if resume:
-            _check_resume(plan.path, asked)
+            _check_resume(plan.path, asked, fingerprint)
         else:
             _clear(plan.path)
+            if fingerprint is not None:
+                keep_fingerprint(plan.path, fingerprint)
         (plan.path / "trials").mkdir(exist_ok=True)
-        write_text(plan.path / "search.yaml", yaml.safe_dump(asked, sort_keys=False))
+        write_text(plan.path / "search.yaml", text)
         if engine == "ray":
             from torchref.training.tune_ray import run_ray
 
             return write_results(plan, run_ray(plan, objective, resume))
-        return write_results(plan, run_optuna(plan, objective, resume))
+        return write_results(plan, run_optuna(plan, objective))
 
 
 def search_folder(config: Config) -> str:
@@ -508,12 +520,16 @@ def _quiet_optuna() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # not its line for each trial
 
 
-def _check_resume(path: Path, asked: dict[str, Any]) -> None:
+def _check_resume(path: Path, asked: dict[str, Any], fingerprint: str | None) -> None:
     before = read_mapping(path / "search.yaml")
     for name, value in asked.items():
         was = before.get(name, getattr(Config, name, None))  # it may be older than an option
         if name not in RESUMABLE[asked["engine"]] and was != value:
             raise ValueError(f"resume: {name} was {was!r} in {path}, got {value!r}")
+    if fingerprint is not None:
+        check_fingerprint(path, asked["dataset"], fingerprint)
+    if asked["engine"] == "optuna":
+        _check_study(path / "study.db")
 
 
 def _clear(path: Path) -> None:
@@ -564,17 +580,12 @@ def describe_params(params: dict[str, Any]) -> str:
 # Optuna.
 
 
-def run_optuna(plan: Plan, objective: Objective, resume: bool) -> list[Trial]:
+def run_optuna(plan: Plan, objective: Objective) -> list[Trial]:
     """Let Optuna ask until enough trials have ended; what ``study.db`` knows is kept."""
     from optuna.exceptions import StorageInternalError
 
-    path = plan.path / "study.db"
-    if resume and not path.exists():
-        raise FileNotFoundError(f"resume: {path} is missing, and with it what was tried")
     storage = _storage(plan)
     try:
-        if resume and not storage.get_all_studies():
-            raise ValueError(f"resume: {path} is damaged: it holds no search")
         study = _open_study(plan, storage)
         _mark_killed(study)
         run = _in_process if plan.jobs == 1 else _in_workers
@@ -586,10 +597,28 @@ def run_optuna(plan: Plan, objective: Objective, resume: bool) -> list[Trial]:
         return _records(study)
     except StorageInternalError as error:  # on a full disk say; it tells neither file nor cause
         cause = getattr(error.__cause__, "orig", error)
-        raise OSError(errno.EIO, str(cause), str(path)) from None
+        raise OSError(errno.EIO, str(cause), str(plan.path / "study.db")) from None
     finally:
         storage.remove_session()
         storage.engine.dispose()
+
+
+def _check_study(path: Path) -> None:
+    """Refuse a file without a search; Optuna would make it one that has tried nothing."""
+    import sqlite3
+
+    if not path.exists():
+        raise FileNotFoundError(f"resume: {path} is missing, and with it what was tried")
+    try:
+        with closing(sqlite3.connect(path, timeout=BUSY)) as database:
+            known = database.execute("SELECT 1 FROM sqlite_master WHERE name = 'studies'")
+            found = known.fetchone() and database.execute("SELECT 1 FROM studies").fetchone()
+    except sqlite3.OperationalError as error:
+        raise OSError(errno.EIO, str(error), str(path)) from None
+    except sqlite3.DatabaseError as error:
+        raise ValueError(f"resume: {path} is damaged: {error}") from None
+    if not found:
+        raise ValueError(f"resume: {path} is damaged: it holds no search")
 
 
 def _storage(plan: Plan) -> "optuna.storages.RDBStorage":
@@ -602,7 +631,7 @@ def _storage(plan: Plan) -> "optuna.storages.RDBStorage":
         # not f"sqlite:///...", which takes what follows a ? in a folder's name for options
         return optuna.storages.RDBStorage(
             str(URL.create("sqlite", database=str(path))),
-            engine_kwargs={"connect_args": {"timeout": 60}},  # seconds that a writer waits
+            engine_kwargs={"connect_args": {"timeout": BUSY}},
         )
     except OperationalError as error:
         raise OSError(errno.EIO, str(error.orig), str(path)) from None

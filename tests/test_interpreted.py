@@ -9,6 +9,7 @@ process for each file; under it the triton backend takes tensors on the CPU. To 
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -36,15 +37,29 @@ OPTIMIZERS = [
     "sharded",
 ]
 ENVIRONMENT = {**os.environ, "TRITON_INTERPRET": "1", "TORCHREF_BACKEND": "triton"}
+ENVIRONMENT["OMP_NUM_THREADS"] = "1"  # the interpreter has one, and two processes run at a time
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="already in the interpreter"
 )
 
 
+@pytest.fixture(scope="module")
+def outcomes(request):
+    """Of the files that were asked for, two at a time."""
+    chosen = [item.callspec.params["path"] for item in request.session.items if is_a_file(item)]
+    with ThreadPoolExecutor(2) as pool:
+        yield {path: pool.submit(run, str(path)) for path in chosen}
+        pool.shutdown(cancel_futures=True)  # where one has failed under -x
+
+
+def is_a_file(item):
+    return getattr(item, "originalname", "") == "test_through_the_kernels"
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT / "tests")))
-def test_through_the_kernels(path):
-    run(str(path))
+def test_through_the_kernels(path, outcomes):
+    outcomes[path].result()
 
 
 def test_optimizers_through_the_kernels():

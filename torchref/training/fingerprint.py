@@ -1,4 +1,4 @@
-"""What tells whether a search, or a cross-validation, goes on with the data that it began with."""
+"""What tells whether a run, a search or a cross-validation goes on with its own data."""
 
 from pathlib import Path
 
@@ -22,9 +22,17 @@ def check_fingerprint(folder: Path, dataset: str, fingerprint: str) -> None:
     if not path.exists():
         return
     check_file(path)
-    before = path.read_text(errors="replace").strip()
-    if before != fingerprint:
+    check_same_data(folder, dataset, path.read_text(errors="replace").strip(), fingerprint)
+
+
+def check_same_data(folder: Path, dataset: str, before: object, now: str) -> None:
+    """Refuse a fingerprint other than the one of before.
+
+    Raises:
+        ValueError: the data have changed.
+    """
+    if before != now:
         raise ValueError(
             f"resume: the samples, targets or names of {dataset} are other than those of {folder} "
-            f"(fingerprint {before:.40}, now {fingerprint})"
+            f"(fingerprint {before!s:.40}, now {now})"
         )

@@ -42,6 +42,7 @@ from torchref.training.convert import SyncBatchNormPlugin
 from torchref.training.curves import plot_learning_curves
 from torchref.training.data_module import DataModule
 from torchref.training.early_stopping import EarlyStopping
+from torchref.training.fingerprint import check_same_data
 from torchref.training.gradient_flow import GradientFlowCallback
 from torchref.training.history import History
 from torchref.training.lost_process import EndTogether, set_timeout, told_when_lost
@@ -220,11 +221,7 @@ class Run:
         except ValueError as error:
             raise ValueError(f"resume: {path} is no run's checkpoint: {error}") from None
         self._check_same(trained, NETWORK, path)  # config.yaml may have been edited since
-        if data != self.data.fingerprint:
-            raise ValueError(
-                f"resume: the samples, targets or names of {self.config.dataset} are other than "
-                f"those of {self.path} (fingerprint {data}, now {self.data.fingerprint})"
-            )
+        check_same_data(self.path, self.config.dataset, data, self.dataset.fingerprint)
         try:
             self._check_states(saved)
         except ValueError as error:
